@@ -1,0 +1,42 @@
+"""A research workbench for simulated multi-rank experiments on one box.
+
+Words: a *rank* is a process of the world, numbered 0 to world size - 1. An *axis* of a layout (dp, tp, pp, ...) has a *degree*, its size; a *group*
+is the ranks that differ in one axis only; *dim* is a tensor's dimension, never an axis. A *prompt* gets *completions*, each one sample; a *rollout*
+is one gather -> generate -> scatter, and a *step* is one of several. The *engine* generates. A *generation* of a cluster is its n-th process group
+since launch. The *driver* is the notebook's kernel.
+
+Importing this loads neither torch nor vllm: names are looked up when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "workbench.errors": (
+        "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError RankDeadlock RankError RankFailed "
+        "RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
+    ),
+    "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
+}
+_SUBPACKAGES = ("models", "view")
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [*_HOME_OF, *_SUBPACKAGES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return import_module(f"workbench.{name}")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'workbench' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,144 @@
+"""What can go wrong, as a tree; every text says what happened, what was seen against what was needed, and what to do.
+
+    WorkbenchError
+    ├── LayoutError (also ValueError)      sizes or groups that do not fit the world
+    ├── LaunchError                        ranks did not start
+    ├── ClusterClosed                      the cluster was closed
+    ├── ClusterBusy                        another cell still runs
+    ├── RankError                          one cell, told by the ranks; carries the diagnosis
+    │   ├── RankFailed                     a rank raised or died; `rank` is the first in time
+    │   ├── CollectiveMismatch             ranks met in one collective with different operations
+    │   ├── RankDeadlock                   a rank waits for one that can never come
+    │   ├── RankTimeout                    the cell outlived its `timeout_s`
+    │   └── RankInterrupted                `interrupt()` ended the cell
+    ├── StaleGroupError                    a group, DDP model or engine of an older generation was used
+    ├── GroupError                         a collective of `Group` or `StatelessGroup` failed
+    ├── EngineError                        an engine refused, failed or died
+    └── RunError                           a run's folder cannot be written or read
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.records import Diagnosis
+
+__all__ = [
+    "ClusterBusy",
+    "ClusterClosed",
+    "CollectiveMismatch",
+    "EngineError",
+    "GroupError",
+    "LaunchError",
+    "LayoutError",
+    "RankDeadlock",
+    "RankError",
+    "RankFailed",
+    "RankInterrupted",
+    "RankTimeout",
+    "RunError",
+    "StaleGroupError",
+    "WorkbenchError",
+]
+
+
+class WorkbenchError(Exception):
+    """Root of every error that the workbench raises on purpose."""
+
+
+class LayoutError(WorkbenchError, ValueError):
+    """Sizes, degrees or groups that do not fit the world."""
+
+
+class LaunchError(WorkbenchError):
+    """Ranks could not be started."""
+
+
+class ClusterClosed(WorkbenchError):
+    """The cluster was closed; nothing can run on it any more."""
+
+
+class ClusterBusy(WorkbenchError):
+    """Another cell still runs on the ranks."""
+
+
+class RankError(WorkbenchError):
+    """A cell that ended badly.
+
+    Attributes:
+        rank: the rank that the error is about, None where it is about several.
+        world_size: ranks of the cluster.
+        exit_code: exit code of a rank that died, else None.
+        signal_name: the signal that ended it ("SIGKILL"), else None.
+        rank_traceback: the rank's own traceback, "" where there is none.
+        diagnosis: who waited for whom when the cell ended, None where nobody waited.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        exit_code: int | None = None,
+        signal_name: str | None = None,
+        rank_traceback: str = "",
+        diagnosis: Diagnosis | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.rank = rank
+        self.world_size = world_size
+        self.exit_code = exit_code
+        self.signal_name = signal_name
+        self.rank_traceback = rank_traceback
+        self.diagnosis = diagnosis
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), str(self), dict(self.__dict__))
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of the driver's stack: our text, which ends with the rank's traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+def _rebuild(kind: type[RankError], message: str, state: dict[str, Any]) -> RankError:
+    error = kind(message)
+    error.__dict__.update(state)
+    return error
+
+
+class RankFailed(RankError):
+    """A rank raised or died; the first failure in time is the one shown."""
+
+
+class CollectiveMismatch(RankError):
+    """Ranks met in one collective with different operations, shapes, dtypes, reduce ops or roots."""
+
+
+class RankDeadlock(RankError):
+    """A rank waits in a collective for a rank that can never come."""
+
+
+class RankTimeout(RankError):
+    """The cell ran longer than its `timeout_s`."""
+
+
+class RankInterrupted(RankError):
+    """`interrupt()` ended the cell."""
+
+
+class StaleGroupError(WorkbenchError):
+    """Something bound to an older generation of the process group was used."""
+
+
+class GroupError(WorkbenchError):
+    """A collective of a `Group` or `StatelessGroup` failed, or the group is closed."""
+
+
+class EngineError(WorkbenchError):
+    """An engine refused a request, failed or died."""
+
+
+class RunError(WorkbenchError):
+    """A run's folder cannot be written or read."""

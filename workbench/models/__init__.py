@@ -1,0 +1,1 @@
+"""The bundled small model and the recipe that trains it."""

@@ -1,0 +1,1 @@
+"""Arithmetic of layouts, layers, shards and lengths: integers and numpy only, no processes, no torch."""

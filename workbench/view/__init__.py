@@ -1,0 +1,1 @@
+"""Figures and widgets over records; never imports ranks or rollout."""
