@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "workbench.errors": (
-        "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError RankDeadlock RankError RankFailed "
+        "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError RankFailed "
         "RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
     ),
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",

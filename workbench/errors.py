@@ -13,6 +13,7 @@
     │   └── RankInterrupted                `interrupt()` ended the cell
     ├── StaleGroupError                    a group, DDP model or engine of an older generation was used
     ├── GroupError                         a collective of `Group` or `StatelessGroup` failed
+    ├── ModelError (also ValueError)       a model that is not here, or cannot be made
     ├── EngineError                        an engine refused, failed or died
     └── RunError                           a run's folder cannot be written or read
 """
@@ -32,6 +33,7 @@ __all__ = [
     "GroupError",
     "LaunchError",
     "LayoutError",
+    "ModelError",
     "RankDeadlock",
     "RankError",
     "RankFailed",
@@ -134,6 +136,10 @@ class StaleGroupError(WorkbenchError):
 
 class GroupError(WorkbenchError):
     """A collective of a `Group` or `StatelessGroup` failed, or the group is closed."""
+
+
+class ModelError(WorkbenchError, ValueError):
+    """A model that is not here, or cannot be made."""
 
 
 class EngineError(WorkbenchError):

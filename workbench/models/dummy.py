@@ -1,0 +1,59 @@
+"""Local checkpoints with random weights, of a wished size: for memory, speed and weight pushes, not for sense."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from workbench.errors import ModelError
+from workbench.models.llama import LlamaShape, random_weights, write_checkpoint
+
+__all__ = ["make_dummy"]
+
+_HEAD_SIZE = 64
+_HEAD_GAIN = 4.0
+_MAX_TOKENS = 2048
+_KINDS = ("text", "vision")
+
+
+def make_dummy(folder: str | os.PathLike[str], *, num_parameters: int = 1_000_000, kind: str = "text", seed: int = 0) -> Path:
+    """Write a checkpoint with random float32 weights that transformers and vLLM load offline.
+
+    Args:
+        folder: where to; made when missing.
+        num_parameters: wished size; the checkpoint has it within 2 %.
+        kind: "text" (a Llama).
+        seed: of the weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: an unknown kind, or fewer parameters than the smallest shape has.
+    """
+    if kind not in _KINDS:
+        raise ModelError(f"make_dummy cannot make a model of kind {kind!r}\nkinds are {', '.join(_KINDS)}\npass one of these")
+    shape = _llama_of(num_parameters)
+    target = Path(folder)
+    weights = random_weights(shape.weights(), seed=seed, head_gain=_HEAD_GAIN)
+    write_checkpoint(target, shape.config(), weights, max_tokens=shape.max_tokens)
+    return target
+
+
+def _llama_of(num_parameters: int) -> LlamaShape:
+    """A shape of about `num_parameters`: width and depth by a rule of thumb, then the MLP's width takes up what is left.
+
+    A layer has about 12 hidden_size**2 parameters, and there is a layer for 64 of width. Heads and widths are even, so that two ranks can share them.
+    """
+    width = (_HEAD_SIZE * num_parameters / 12) ** (1 / 3)
+    hidden = max(1, round(width / (2 * _HEAD_SIZE))) * 2 * _HEAD_SIZE
+    num_layers = max(1, round(num_parameters / (12 * hidden**2)))
+
+    def shape(intermediate: int) -> LlamaShape:
+        return LlamaShape(num_layers=num_layers, hidden_size=hidden, intermediate_size=intermediate, num_heads=hidden // _HEAD_SIZE, max_tokens=_MAX_TOKENS)
+
+    bare, step = shape(0).num_parameters, 8
+    intermediate = round((num_parameters - bare) / (3 * hidden * num_layers * step)) * step
+    if intermediate < step:
+        raise ModelError(f"make_dummy cannot make a model of {num_parameters:,} parameters\nthe smallest has {shape(step).num_parameters:,}\nask for more")
+    return shape(intermediate)
