@@ -20,6 +20,7 @@ _HOMES = {
         "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError RankFailed "
         "RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
     ),
+    "workbench.ranks.group": "Group",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
 }
 _SUBPACKAGES = ("models", "view")

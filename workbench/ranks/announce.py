@@ -1,0 +1,76 @@
+"""What a rank is about to do, told to its peers before any data moves: fixed-size messages.
+
+An announcement says what the rank calls ("all_gather float32 [2, 3] dim 0") or why it refuses, and one number (rows, bytes). In a
+collective all members exchange theirs; if one refuses, or two differ, every member raises and no data has moved, so the group stays
+usable. Between two ranks the sender's announcement tells the receiver what to make room for.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workbench.errors import GroupError
+
+__all__ = ["NUM_BYTES", "Announcement", "agree", "decode", "encode"]
+
+NUM_BYTES = 256
+_HEAD = struct.Struct("<q?B")  # number, is_refusal, length of the text in bytes
+_TEXT_BYTES = NUM_BYTES - _HEAD.size
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """One rank's next step.
+
+    Attributes:
+        text: what it calls, or why it refuses.
+        number: what only this rank knows: rows or bytes it brings.
+    """
+
+    text: str
+    number: int = 0
+    is_refusal: bool = False
+
+
+def encode(announcement: Announcement) -> Tensor:
+    """uint8 [NUM_BYTES]; a text that is too long ends in its checksum."""
+    text = announcement.text.encode()
+    if len(text) > _TEXT_BYTES:  # what is cut is still compared, by its checksum
+        text = text[: _TEXT_BYTES - 24].decode(errors="ignore").encode() + f"... [{zlib.crc32(text):08x}]".encode()
+    data = bytearray(NUM_BYTES)
+    _HEAD.pack_into(data, 0, announcement.number, announcement.is_refusal, len(text))
+    data[_HEAD.size : _HEAD.size + len(text)] = text
+    return torch.frombuffer(data, dtype=torch.uint8)
+
+
+def decode(data: Tensor) -> Announcement:
+    """The inverse of `encode`, from uint8 [NUM_BYTES]."""
+    raw = data.numpy().tobytes()
+    number, is_refusal, length = _HEAD.unpack_from(raw)
+    return Announcement(raw[_HEAD.size : _HEAD.size + length].decode(errors="replace"), number, is_refusal)
+
+
+def agree(announcements: Sequence[Announcement], *, ranks: Sequence[int], name: str) -> None:
+    """Check that all members of a group announced the same.
+
+    Raises:
+        GroupError: a member refuses, or members differ; the text shows each rank's call, the odd ones first.
+    """
+    refusals = [(rank, a.text) for rank, a in zip(ranks, announcements, strict=True) if a.is_refusal]
+    if refusals:
+        rank, text = refusals[0]
+        raise GroupError(f"rank {rank} of group {name!r} refused its part: {text}\nno data was sent; the group is usable")
+    counts = Counter(a.text for a in announcements)
+    if len(counts) > 1:
+        rows = sorted(zip(ranks, announcements, strict=True), key=lambda row: (counts[row[1].text], row[0]))
+        table = "\n".join(f"  rank {rank}: {a.text}" for rank, a in rows)
+        raise GroupError(
+            f"the ranks of group {name!r} met with different calls; no data was sent\n{table}\nmake the calls the same on all of its ranks"
+        )

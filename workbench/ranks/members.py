@@ -1,0 +1,175 @@
+"""Who is in a group, and the process group behind it; no operation that moves data but the announcement before one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from workbench.errors import GroupError, StaleGroupError
+from workbench.ranks import announce
+from workbench.ranks.announce import Announcement
+
+__all__ = ["Members", "all_gather_bytes"]
+
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name of the same operation
+
+
+class Members:
+    """The ranks of a group in the order given, and this rank's place among them.
+
+    `first_rank`, `last_rank`, `next_rank` and `prev_rank` are ranks of the world; `src` and `dst` of the operations are ranks within the
+    group. A process group of torch may hold its ranks in another order (torch sorts them); here the order of `ranks` counts everywhere.
+
+    Attributes:
+        name: shown in errors and diagnoses.
+        ranks: ranks of the world, in the group's order.
+        rank: this process's rank in the world.
+        rank_in_group: its place in `ranks`, -1 when it is no member.
+        checks: exchange announcements before each collective; off, mistakes that only peers could see are not caught.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        ranks: Sequence[int],
+        *,
+        name: str,
+        rank: int,
+        checks: bool = True,
+        is_owner: bool = False,
+    ) -> None:
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.rank = rank
+        self.rank_in_group = self.ranks.index(rank) if rank in self.ranks else -1
+        self.checks = checks
+        self._is_owner = is_owner
+        self._is_closed = False
+        self.rebind(process_group)
+
+    def rebind(self, process_group: dist.ProcessGroup | None) -> None:
+        """Follow a new generation: the same ranks over a new process group (None where this rank is no member)."""
+        self._process_group = process_group
+        self._world = dist.group.WORLD if dist.is_initialized() else None
+        if self.is_member and process_group is not None:
+            held = dist.get_process_group_ranks(process_group)
+            if sorted(held) != sorted(self.ranks):
+                raise ValueError(f"group {self.name!r} has ranks {list(self.ranks)}, its process group {held}: pass the same ranks")
+            self._places = [self.ranks.index(rank) for rank in held]  # place in this group of each rank of the process group
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The torch process group, for plain `torch.distributed` calls.
+
+        Raises:
+            GroupError: this rank is no member, or the group was destroyed.
+            StaleGroupError: the world was rebuilt since.
+        """
+        if not self.is_member:
+            raise GroupError(
+                f"rank {self.rank} is not in group {self.name!r}\nits members are ranks {list(self.ranks)}\n"
+                "call group operations on its members only: `if group.is_member:`"
+            )
+        if self._is_closed or self._process_group is None:
+            raise GroupError(
+                f"group {self.name!r} was destroyed\nit had ranks {list(self.ranks)}\nform it again with Group.create or cluster.use"
+            )
+        if self._world is not (dist.group.WORLD if dist.is_initialized() else None):
+            raise StaleGroupError(
+                f"group {self.name!r} belongs to an older generation of the world\nthe process group was rebuilt after a stop\n"
+                "form it again with Group.create; groups of the layout follow by themselves"
+            )
+        return self._process_group
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks the group has."""
+        return len(self.ranks)
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this rank is in the group."""
+        return self.rank_in_group >= 0
+
+    @property
+    def first_rank(self) -> int:
+        return self.ranks[0]
+
+    @property
+    def last_rank(self) -> int:
+        return self.ranks[-1]
+
+    @property
+    def is_first_rank(self) -> bool:
+        return self.rank == self.first_rank
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self.rank == self.last_rank
+
+    @property
+    def next_rank(self) -> int:
+        """The rank after this one; after the last comes the first."""
+        return self.ranks[(self.rank_in_group + 1) % self.world_size]
+
+    @property
+    def prev_rank(self) -> int:
+        """The rank before this one; before the first comes the last."""
+        return self.ranks[(self.rank_in_group - 1) % self.world_size]
+
+    def destroy(self) -> None:
+        """Close the group on this rank; a second call does nothing. A process group that others made is left alone."""
+        if self._is_owner and self._process_group is not None and not self._is_closed:
+            dist.destroy_process_group(self._process_group)
+        self._is_closed = True
+        self._process_group = None
+
+    def __repr__(self) -> str:
+        place = f"place {self.rank_in_group} of {self.world_size}" if self.is_member else "not a member"
+        return f"Group({self.name!r}, ranks={list(self.ranks)}, rank {self.rank} is {place})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"group {self.name!r} belongs to the process of rank {self.rank}: send group.ranks, and form a group there")
+
+    def _announce(self, describe: Callable[[], tuple[str, int]], *, always: bool = False) -> list[int]:
+        """Tell the peers what this rank does next and hear what they do: the number that each member brings, in group order.
+
+        `describe` checks the arguments and returns the announcement's text and number; when it raises, the peers are told.
+
+        Raises:
+            ValueError: this rank's arguments are wrong.
+            GroupError: a peer's are, or members differ.
+        """
+        process_group, problem = self.process_group, None
+        try:
+            mine = Announcement(*describe())
+        except Exception as error:
+            problem, mine = error, Announcement(f"{type(error).__name__}: {error}", is_refusal=True)
+        if self.world_size > 1 and (self.checks or always):
+            gathered = all_gather_bytes(process_group, announce.encode(mine), self._places)
+            heard = [announce.decode(row) for row in gathered]
+        else:
+            heard = [mine] * self.world_size
+        if problem is not None:
+            raise problem
+        announce.agree(heard, ranks=self.ranks, name=self.name)
+        return [a.number for a in heard]
+
+
+def all_gather_bytes(process_group: dist.ProcessGroup, data: Tensor, places: Sequence[int]) -> Tensor:
+    """Equal numbers of bytes of every member: uint8 [world_size, num_bytes], in group order.
+
+    Args:
+        places: place in the group of each rank of the process group.
+    """
+    gathered = torch.empty((len(places), data.numel()), dtype=torch.uint8)
+    _gather_into(gathered.view(-1), data, group=process_group)
+    if list(places) == sorted(places):
+        return gathered
+    ordered = torch.empty_like(gathered)
+    ordered[torch.tensor(places)] = gathered
+    return ordered

@@ -1,0 +1,108 @@
+"""Tensors and objects as bytes, the form in which groups move them; knows no process group.
+
+A tensor travels as the bytes of its elements, so that every dtype can (gloo itself knows about ten). An object travels as a pickle
+behind a keyed digest: nothing is unpickled that was not written with the same key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+from workbench.errors import GroupError
+
+__all__ = ["KEY_VARIABLE", "bytes_of", "check_dense", "dtype_name", "dtype_of", "from_bytes", "seal", "unseal"]
+
+KEY_VARIABLE = "WORKBENCH_KEY"
+_DIGEST_BYTES = 32
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The elements of a tensor as bytes: uint8 [numel * itemsize] on the CPU, sharing memory with a contiguous CPU tensor."""
+    check_dense(tensor)
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    return plain.reshape(-1).view(torch.uint8)
+
+
+def check_dense(tensor: Tensor) -> None:
+    """Refuse what has no plain elements.
+
+    Raises:
+        ValueError: something else than a dense tensor.
+    """
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"expected a tensor, got {type(tensor).__name__}: send other things with the object operations")
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise ValueError(f"only dense tensors travel, got {tensor.layout}, {tensor.dtype}: call .to_dense() or .dequantize() first")
+
+
+def from_bytes(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """The tensor whose elements are `data`, uint8 [numel * itemsize]; shares memory with it where the alignment allows."""
+    if data.numel() == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    if data.data_ptr() % dtype.itemsize or data.storage_offset() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype).reshape(tuple(shape))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch.float32 for "float32"."""
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def seal(obj: Any) -> Tensor:
+    """A pickle of an object behind its digest, uint8 [num_bytes]; what plain pickle refuses (functions of a cell) goes by cloudpickle.
+
+    Raises:
+        ValueError: neither can pickle it.
+    """
+    try:
+        data = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception:  # pickle raises whatever the object's own hooks raise
+        data = _cloudpickled(obj)
+    sealed = torch.empty(_DIGEST_BYTES + len(data), dtype=torch.uint8)
+    sealed[:_DIGEST_BYTES] = torch.frombuffer(bytearray(_digest(data)), dtype=torch.uint8)
+    sealed.numpy()[_DIGEST_BYTES:] = memoryview(data)
+    return sealed
+
+
+def unseal(sealed: Tensor) -> Any:
+    """The object that `seal` packed.
+
+    Raises:
+        GroupError: the digest does not match, so nothing was unpickled.
+    """
+    view = memoryview(sealed.numpy().data)
+    if not hmac.compare_digest(bytes(view[:_DIGEST_BYTES]), _digest(view[_DIGEST_BYTES:])):
+        raise GroupError(
+            "an object arrived that does not carry this world's key; it was not unpickled\n"
+            f"its digest does not match its {len(view) - _DIGEST_BYTES} bytes under the key in {KEY_VARIABLE}\n"
+            "start all ranks with the same key; a foreign process may be connected to this world"
+        )
+    return pickle.loads(view[_DIGEST_BYTES:])
+
+
+def _cloudpickled(obj: Any) -> bytes:
+    try:
+        return bytes(cloudpickle.dumps(obj))
+    except Exception as error:
+        raise ValueError(f"a {type(obj).__name__} cannot be sent to other ranks: {error}") from error
+
+
+def _digest(data: bytes | memoryview) -> bytes:
+    return hmac.digest(os.environ.get(KEY_VARIABLE, "").encode(), data, hashlib.sha256)
