@@ -20,6 +20,8 @@ _HOMES = {
         "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError RankFailed "
         "RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
     ),
+    "workbench.plan.layout": "Layout",
+    "workbench.plan.partition": "divide partition_layers split_tensor",
     "workbench.ranks.group": "Group",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
 }
