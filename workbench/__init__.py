@@ -21,9 +21,11 @@ _HOMES = {
         "RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
     ),
     "workbench.plan.layout": "Layout",
+    "workbench.plan.lengths": "LengthStats length_stats",
     "workbench.plan.partition": "divide partition_layers split_tensor",
     "workbench.ranks.group": "Group",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
+    "workbench.run": "Run load_run runs",
 }
 _SUBPACKAGES = ("models", "view")
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

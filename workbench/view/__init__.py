@@ -1,1 +1,34 @@
-"""Figures and widgets over records; never imports ranks or rollout."""
+"""Figures and widgets over records; never imports ranks or rollout.
+
+Names are looked up when first used: importing this loads neither matplotlib nor ipywidgets.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.view.lengths import plot_lengths
+    from workbench.view.memory import plot_memory
+    from workbench.view.timeline import plot_timeline
+
+__all__ = ["plot_lengths", "plot_memory", "plot_timeline"]
+
+_HOME_OF = {
+    "plot_lengths": "workbench.view.lengths",
+    "plot_memory": "workbench.view.memory",
+    "plot_timeline": "workbench.view.timeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'workbench.view' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

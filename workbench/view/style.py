@@ -26,13 +26,15 @@ __all__ = [
     "PROCESS_COLORS",
     "SPAN_STYLES",
     "PictureAxes",
-    "alt_text",
     "add_legend",
+    "alt_text",
     "figure_png",
     "house_style",
     "img_tag",
     "label_times",
+    "is_small",
     "new_axes",
+    "rank_blocks",
     "rank_color",
     "set_finding",
     "show_empty",
@@ -67,6 +69,13 @@ def rank_color(rank: int) -> str:
     """The colour of a rank, everywhere: 8 hues, then lighter, darker and palest forms of them; repeats from rank 32 on."""
     hue = OKABE_ITO[rank % 8]
     return to_hex(_mix(hue, *(("#FFFFFF", 0.0), ("#FFFFFF", 0.5), ("#000000", 0.45), ("#FFFFFF", 0.75))[rank // 8 % 4]))
+
+
+def rank_blocks(ranks: Sequence[int], *, max_blocks: int = 8) -> list[tuple[list[int], str]]:
+    """Ranks in at most `max_blocks` blocks of neighbours, each with its name: ("rank 3") or, for 32 ranks, ("ranks 4-7")."""
+    size = -(-len(ranks) // max_blocks) or 1
+    blocks = [list(ranks[i : i + size]) for i in range(0, len(ranks), size)]
+    return [(block, f"rank {block[0]}" if len(block) == 1 else f"ranks {block[0]}-{block[-1]}") for block in blocks]
 
 
 def _mix(color: str, other: str, share: float) -> tuple[float, float, float]:
@@ -129,7 +138,8 @@ def set_finding(ax: Axes, text: str, *, num_label_rows: int = 0) -> None:
     """Set the title, the figure's finding, in as many lines as the width asks for, above `num_label_rows` of event labels."""
     font_pt = matplotlib.rcParams["axes.titlesize"]
     num_letters = max(16, int(_width_pt(ax) / (0.56 * font_pt)))
-    ax.set_title("\n".join(textwrap.wrap(text, num_letters)), loc="left", pad=6 + num_label_rows * _label_height_pt())
+    lines = textwrap.wrap(text.replace(" %", "\u00a0%"), num_letters)  # never parts a number from its percent sign
+    ax.set_title("\n".join(lines).replace("\u00a0", " "), loc="left", pad=6 + num_label_rows * _label_height_pt())
 
 
 def label_times(ax: Axes, events: Sequence[tuple[float, str]], *, max_rows: int = 3) -> int:

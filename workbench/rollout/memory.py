@@ -1,0 +1,199 @@
+"""Memory of processes over time, read from outside them: the curve keeps moving while a rank is stuck.
+
+Knows pids and the names they were given. Does not know ranks, engines or spans: who runs a rollout tells it what to watch and which phase
+it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import psutil
+
+from workbench.records import MemorySample
+
+__all__ = ["DeviceMemory", "MemorySampler", "NvmlMemory", "read_pss_bytes"]
+
+
+def read_pss_bytes(pid: int) -> int:
+    """Proportional memory of a process, bytes; 0 where the kernel does not let us read it or the process is gone.
+
+    Source: Linux, Documentation/filesystems/proc.rst, smaps_rollup.
+    """
+    try:
+        with open(f"/proc/{pid}/smaps_rollup", encoding="ascii") as lines:
+            return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+    except OSError:
+        return 0
+
+
+class DeviceMemory(Protocol):
+    """What a GPU's driver says about its memory."""
+
+    def used_bytes_by_pid(self) -> dict[int, int]:
+        """Bytes in use by each process on all devices together."""
+        ...
+
+
+class NvmlMemory:
+    """NVIDIA's management library; `open` gives None where there is no GPU, no driver or no `nvidia-ml-py`."""
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        self._devices = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+
+    @classmethod
+    def open(cls) -> NvmlMemory | None:
+        try:
+            import pynvml
+        except ImportError:
+            return None
+        try:
+            pynvml.nvmlInit()
+            return cls(pynvml)
+        except pynvml.NVMLError:
+            return None
+
+    def used_bytes_by_pid(self) -> dict[int, int]:
+        used: dict[int, int] = {}
+        for device in self._devices:
+            for process in self._nvml.nvmlDeviceGetComputeRunningProcesses(device):
+                used[process.pid] = used.get(process.pid, 0) + int(process.usedGpuMemory or 0)  # None where the driver hides it
+        return used
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    handle: psutil.Process  # knows the start time, so a pid used again is not taken for the old process
+    name: str
+    rank: int
+
+
+class MemorySampler:
+    """Samples chosen processes from a thread of the driver's, `with` or `start` to `stop`.
+
+    Args:
+        interval_s: seconds between samples. Each sample of all processes is one tick and carries one time.
+        max_samples: when more are held, every second tick is dropped and the interval doubles: the whole time stays covered, ever coarser;
+            `num_dropped` counts them.
+        device: where device memory is read; by default NVML where there is a GPU.
+    """
+
+    def __init__(self, *, interval_s: float = 0.1, max_samples: int = 100_000, device: DeviceMemory | None = None) -> None:
+        self.interval_s = interval_s
+        self.phase = ""
+        self.num_dropped = 0
+        self._max_samples = max_samples
+        self._device = device if device is not None else NvmlMemory.open()
+        self._watched: dict[int, _Watched] = {}
+        self._ticks: list[list[MemorySample]] = []
+        self._num_held = 0
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, pid: int, process: str, *, rank: int = -1) -> None:
+        """Sample `pid` from now on, under the name `process`; a process that has ended already is passed over."""
+        try:
+            watched = _Watched(psutil.Process(pid), process, rank)
+        except psutil.NoSuchProcess:
+            return
+        with self._lock:
+            self._watched[pid] = watched
+
+    def unwatch(self, pid: int) -> None:
+        """Sample `pid` no longer; what was sampled stays."""
+        with self._lock:
+            self._watched.pop(pid, None)
+
+    @property
+    def samples(self) -> tuple[MemorySample, ...]:
+        """Everything sampled so far, in order of time; may be asked while it runs."""
+        with self._lock:
+            return tuple(sample for tick in self._ticks for sample in tick)
+
+    def start(self) -> None:
+        """Begin sampling; the first sample is taken at once. Again while it runs: nothing happens."""
+        if self._thread is not None:
+            return
+        self._stopping.clear()
+        self._thread = threading.Thread(target=self._run, name="workbench-memory", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take a last sample and end the thread; may be called twice."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stopping.set()
+            thread.join(timeout=10.0)
+
+    def __enter__(self) -> MemorySampler:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def sample(self) -> None:
+        """Take one sample of every process now, from the calling thread."""
+        with self._lock:
+            watched = list(self._watched.values())
+        device = self._read_device()
+        now_s, phase = time.monotonic(), self.phase
+        tick = [sample for one in watched if (sample := _read(one, device, now_s, phase))]
+        with self._lock:
+            self._ticks.append(tick)
+            self._num_held += len(tick)
+            self._thin_out()
+
+    def _run(self) -> None:
+        next_s = time.monotonic()
+        while True:
+            self.sample()
+            next_s = max(next_s + self.interval_s, time.monotonic())  # a tick that took too long is not caught up
+            if self._stopping.wait(next_s - time.monotonic()):
+                break
+        self.sample()
+
+    def _read_device(self) -> dict[int, int]:
+        if self._device is None:
+            return {}
+        try:
+            return self._device.used_bytes_by_pid()
+        except Exception:  # NVML's errors derive from Exception only; a lost GPU must not end the curve of the rest
+            self._device = None
+            return {}
+
+    def _thin_out(self) -> None:
+        if self._num_held > self._max_samples:
+            self._ticks = self._ticks[::2]
+            self.interval_s *= 2
+            num_kept = sum(map(len, self._ticks))
+            self.num_dropped += self._num_held - num_kept
+            self._num_held = num_kept
+
+
+def _read(one: _Watched, device: dict[int, int], now_s: float, phase: str) -> MemorySample | None:
+    """A sample of one process; None once it has ended."""
+    pid = one.handle.pid
+    try:
+        if not one.handle.is_running():
+            return None
+        rss_bytes = one.handle.memory_info().rss
+    except psutil.Error:
+        return None
+    if rss_bytes == 0:  # a zombie
+        return None
+    return MemorySample(
+        time_s=now_s,
+        rank=one.rank,
+        pid=pid,
+        process=one.name,
+        rss_bytes=rss_bytes,
+        pss_bytes=read_pss_bytes(pid),
+        device_used_bytes=device.get(pid, 0),
+        phase=phase,
+    )

@@ -1,0 +1,132 @@
+"""Memory of the processes over time, stacked, with sleeps and marks.
+
+Stacks proportional memory (PSS): pages that processes share are split among them, so the sum is what the box holds. Resident memory (RSS)
+counts a shared page once in every process and must not be summed.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from workbench.view.style import (
+    FULL_SIZE,
+    PROCESS_COLORS,
+    add_legend,
+    house_style,
+    is_small,
+    label_times,
+    new_axes,
+    rank_blocks,
+    rank_color,
+    set_finding,
+    show_empty,
+)
+
+if TYPE_CHECKING:
+    from workbench.run import Run
+
+__all__ = ["plot_memory"]
+
+GIB, MIB = 2**30, 2**20
+
+
+def plot_memory(
+    run: Run | pd.DataFrame, ax: Axes | None = None, *, timeline: pd.DataFrame | None = None, size: tuple[float, float] = FULL_SIZE
+) -> Axes:
+    """Proportional memory stacked by process, the engine's lowest; device memory as a dashed line where there is any.
+
+    Args:
+        run: a run, or its `memory` table.
+        ax: where to draw; None makes a figure of `size` inches.
+        timeline: spans that sleeps and marks are read from; a run's own when `run` is one.
+    """
+    frame = run if isinstance(run, pd.DataFrame) else run.memory
+    spans = timeline if isinstance(run, pd.DataFrame) else run.timeline
+    with house_style(is_small=is_small(ax, size)):
+        ax = ax or new_axes(size)
+        readable = frame[frame["pss_bytes"] > 0]
+        if readable.empty:
+            return show_empty(ax, "no memory samples to show" if frame.empty else "the processes' memory (PSS) could not be read")
+        layers = _layers(readable)
+        peak = float(max(layers.sum(axis=1).max(), _device_total(frame).max()))
+        unit, unit_name = (GIB, "GiB") if peak >= GIB else (MIB, "MiB")
+        handles = _draw_layers(ax, layers / unit) + _draw_device(ax, _device_total(frame) / unit)
+        ax.set_xlim(layers.index[0], max(layers.index[-1], layers.index[0] + 1e-3))
+        ax.set_ylim(0, peak / unit * 1.08)
+        ax.set_ylabel(f"memory (PSS), {unit_name}")
+        ax.set_xlabel("seconds since the run's start")
+        num_rows = label_times(ax, _events(spans, float(layers.index[0]), float(layers.index[-1])))
+        set_finding(ax, _finding(layers, spans, unit, unit_name), num_label_rows=num_rows)
+        add_legend(ax, handles)
+    return ax
+
+
+def _layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """PSS bytes over time, [num_times, num_layers]: engines first, then ranks or blocks of ranks, then the rest.
+
+    A process not read at some time between two readings keeps the line between them; before its first and after its last it counts 0.
+    """
+    ranks = sorted(frame.loc[frame["process"] == "rank", "rank"].unique().tolist())
+    names = {rank: label for block, label in rank_blocks(ranks) for rank in block}
+    layer = frame["process"].where(frame["process"] != "rank", frame["rank"].map(names))
+    wide = frame.assign(layer=layer).pivot_table(index="time_s", columns=["layer", "pid"], values="pss_bytes", aggfunc="last")
+    table = wide.interpolate(method="index", limit_area="inside").fillna(0.0).T.groupby(level="layer").sum().T
+    wanted = ["engine", *dict.fromkeys(names.values())]
+    return table[[name for name in wanted if name in table] + [name for name in table if name not in wanted]]
+
+
+def _draw_layers(ax: Axes, layers: pd.DataFrame) -> list[Any]:
+    ranks = [name for name in layers if str(name).startswith("rank")]
+    colors = [PROCESS_COLORS.get(str(name)) or rank_color(ranks.index(name) if name in ranks else 7) for name in layers]
+    ax.stackplot(layers.index, *(layers[name] for name in layers), colors=colors, edgecolor="white", linewidth=0.4)
+    return [Patch(facecolor=color, label=str(name)) for name, color in zip(layers, colors, strict=True)]
+
+
+def _device_total(frame: pd.DataFrame) -> pd.Series[float]:
+    """Device memory of all processes over time, bytes."""
+    wide = frame.pivot_table(index="time_s", columns="pid", values="device_used_bytes", aggfunc="last")
+    return wide.interpolate(method="index", limit_area="inside").fillna(0.0).sum(axis=1)
+
+
+def _draw_device(ax: Axes, total: pd.Series[float]) -> list[Any]:
+    if not (total > 0).any():
+        return []
+    look = dict(color="#000000", linestyle=(0, (4, 2)), linewidth=1.4, label="GPU memory")
+    ax.plot(total.index, total, **look)  # type: ignore[arg-type]
+    return [Line2D([], [], **look)]  # type: ignore[arg-type]
+
+
+def _events(spans: pd.DataFrame | None, low_s: float, high_s: float) -> list[tuple[float, str]]:
+    """Sleeps (at their end), wakes (at their start) and marks within the picture; several processes' sleep at once is one event."""
+    if spans is None or spans.empty:
+        return []
+    sleeps, wakes, marks = (spans[spans["span"] == kind] for kind in ("sleep", "wake_up", "mark"))
+    events = [(float(s), "sleep") for s in sleeps.groupby("step")["end_s"].max()]
+    events += [(float(s), "wake_up") for s in wakes.groupby("step")["start_s"].min()]
+    events += list(zip(marks["start_s"].tolist(), marks["label"].tolist(), strict=True))
+    return [(s, name) for s, name in events if low_s <= s <= high_s]
+
+
+def _finding(layers: pd.DataFrame, spans: pd.DataFrame | None, unit: int, unit_name: str) -> str:
+    total = layers.sum(axis=1)
+    text = f"{total.max() / unit:.3g} {unit_name} at the most"
+    if spans is None or not (spans["span"] == "sleep").any():
+        return text + f", {total.iloc[-1] / unit:.3g} {unit_name} at the end"
+    asleep = _asleep_low(total, spans)
+    return text + (f", {asleep / unit:.3g} {unit_name} while the engine sleeps" if asleep is not None else "")
+
+
+def _asleep_low(total: pd.Series[float], spans: pd.DataFrame) -> float | None:
+    """The least memory seen between the end of a sleep and the next wake; None when no sample lies there."""
+    wakes = sorted(spans.loc[spans["span"] == "wake_up", "start_s"].tolist())
+    lows = []
+    for end_s in spans.loc[spans["span"] == "sleep", "end_s"]:
+        until_s = next((wake_s for wake_s in wakes if wake_s >= end_s), float("inf"))
+        during = total[(total.index >= end_s) & (total.index <= until_s)]
+        lows += [float(during.min())] if len(during) else []
+    return min(lows) if lows else None
