@@ -1,0 +1,248 @@
+"""Numbers and byte buffers between the ranks of one process group, and one error for all of them.
+
+Every phase of a rollout begins with a meeting: each rank tells a few numbers, or that it failed. So a rank that cannot go on is an
+error everywhere instead of a peer that never comes, and every later size is known before it travels. Few and large messages, never
+pickled objects.
+
+Knows process groups and bytes. Does not know prompts, completions or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from workbench.errors import EngineError, GroupError, StaleGroupError
+from workbench.ranks.members import all_gather_bytes
+
+__all__ = ["Buffer", "Exchange", "Phase", "joined_size"]
+
+Buffer = NDArray[np.uint8]
+
+_NUM_NUMBERS = 5  # every meeting has this many, so that two different phases still meet and are told apart
+_KINDS: tuple[type[Exception], ...] = (EngineError, ValueError, StaleGroupError, GroupError)  # what a rank may tell the others
+
+
+class Phase(IntEnum):
+    """Where a rank of a rollout is."""
+
+    GATHER = 1
+    SCATTER = 2
+
+    @property
+    def method(self) -> str:
+        return {Phase.GATHER: "gather_prompts", Phase.SCATTER: "scatter_completions"}[self]
+
+
+class Exchange:
+    """One rank's end of the traffic in a group.
+
+    Args:
+        group: a `Group`, an accelerate `Accelerator` (its default world), a torch `ProcessGroup`, or None: this rank alone.
+
+    Attributes:
+        num_bytes: what this rank has sent and received so far; a rank's own part counts once for each peer that gets it.
+    """
+
+    def __init__(self, group: Any) -> None:
+        _check_group(group)
+        self._group = group
+        self.num_bytes = 0
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The torch group of the moment (a `Group` may have been given a new one since), None where this rank is alone."""
+        if self._group is None:
+            return None
+        if isinstance(self._group, dist.ProcessGroup):
+            return self._group
+        if _is_accelerator(self._group):
+            return dist.group.WORLD if dist.is_initialized() else None
+        process_group: dist.ProcessGroup = self._group.process_group
+        return process_group
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """World ranks of the members, in group order: a `Group`'s own, else the process group's."""
+        group = self.process_group
+        if group is None:
+            return (dist.get_rank() if dist.is_initialized() else 0,)
+        return tuple(getattr(self._group, "ranks", None) or dist.get_process_group_ranks(group))
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the world."""
+        return dist.get_rank() if dist.is_initialized() else 0
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def index(self) -> int:
+        """This rank's place in the group."""
+        return self.ranks.index(self.rank)
+
+    def meet(self, phase: Phase, *numbers: int, error: Exception | None = None) -> NDArray[np.int64]:
+        """Tell everyone a few numbers and learn theirs; one collective.
+
+        Args:
+            numbers: at most 5; missing ones are 0.
+            error: why this rank cannot go on.
+
+        Returns:
+            What each rank told, [size, 5], in group order.
+
+        Raises:
+            ValueError: ranks are in different phases.
+            EngineError, ValueError, StaleGroupError, GroupError: the error of the first rank that failed, an EngineError where it was
+                of another kind; the same text on every rank.
+        """
+        kind = -1 if error is None else next((i for i, known in enumerate(_KINDS) if isinstance(error, known)), 0)
+        told = b"" if error is None else _tell(error).encode("utf-8", "backslashreplace")
+        row = [int(phase), kind, len(told), *numbers, *[0] * (_NUM_NUMBERS - len(numbers))]
+        table = self.all_gather_numbers(row)
+        self._check_phases(table[:, 0])
+        if (table[:, 1] >= 0).any():
+            texts = self.all_gather_buffers(np.frombuffer(bytearray(told), np.uint8), table[:, 2])
+            self._raise_first(table[:, 1], [bytes(text).decode() for text in texts], error)
+        return table[:, 3:]
+
+    def _check_phases(self, phases: NDArray[np.int64]) -> None:
+        if (phases == phases[0]).all():
+            return
+        places = [f"rank {rank}: {Phase(int(phase)).method}" for rank, phase in zip(self.ranks, phases, strict=True)]
+        raise ValueError(
+            "ranks of one rollout are in different steps\n"
+            f"seen: {'; '.join(places)}\n"
+            "every rank of the group must call gather_prompts, scatter_completions and generate in the same order"
+        )
+
+    def _raise_first(self, kinds: NDArray[np.int64], texts: Sequence[str], own: Exception | None) -> None:
+        """Raise the error of the first rank that has one; the others with another text follow in one line each."""
+        failed = [i for i, kind in enumerate(kinds) if kind >= 0]
+        first = failed[0]
+        others = [f"also rank {self.ranks[i]}: {texts[i].splitlines()[0]}" for i in failed[1:] if texts[i] and texts[i] != texts[first]]
+        raise _KINDS[int(kinds[first])]("\n".join([texts[first], *others])) from own
+
+    def all_gather_numbers(self, row: Sequence[int]) -> NDArray[np.int64]:
+        """The row of every rank, [size, len(row)]; one collective, none where this rank is alone."""
+        rows: NDArray[np.int64] = self._all_gather(np.array(row, dtype=np.int64).view(np.uint8)).view(np.int64)
+        return rows
+
+    def all_gather_buffers(self, own: Buffer, sizes: NDArray[np.int64]) -> list[Buffer]:
+        """The buffer of every rank; one collective, padded to the largest.
+
+        Args:
+            sizes: bytes of each rank's buffer, [size], known to all.
+        """
+        padded = np.zeros(int(sizes.max()), np.uint8)
+        padded[: own.size] = own
+        return [row[:size] for row, size in zip(self._all_gather(padded), sizes, strict=True)]
+
+    def _all_gather(self, own: Buffer) -> Buffer:
+        """Equally many bytes of every rank, [size, num_bytes], in group order."""
+        group, ranks = self.process_group, self.ranks
+        if group is None or len(ranks) == 1 or own.size == 0:
+            return own[None].repeat(len(ranks), axis=0)
+        self.num_bytes += 2 * (len(ranks) - 1) * own.size
+        places = [ranks.index(rank) for rank in dist.get_process_group_ranks(group)]
+        rows: Buffer = all_gather_bytes(group, torch.from_numpy(own), places).numpy()
+        return rows
+
+    def gather_buffers(self, own: Buffer, sizes: NDArray[np.int64], root: int) -> list[Buffer] | None:
+        """The buffer of every rank on the root, None elsewhere; one message a rank.
+
+        Args:
+            sizes: bytes of each rank's buffer, [size], known to all.
+            root: index in the group.
+        """
+        if self.index != root:
+            self._wait([self._send(own, root)])
+            return None
+        buffers = [own if i == root else np.empty(int(sizes[i]), np.uint8) for i in range(self.size)]
+        self._wait([self._receive(buffers[i], i) for i in range(self.size) if i != root])
+        return buffers
+
+    def scatter_buffers(self, buffers: Sequence[Buffer] | None, root: int) -> Buffer:
+        """This rank's own of the root's buffers; two messages a rank: the size, the bytes.
+
+        Args:
+            buffers: one a rank on the root, [size]; None elsewhere.
+            root: index in the group.
+        """
+        if self.index != root:
+            size = np.zeros(1, np.int64)
+            self._wait([self._receive(size, root)])
+            own = np.empty(int(size[0]), np.uint8)
+            self._wait([self._receive(own, root)])
+            return own
+        assert buffers is not None
+        sizes = [np.array([buffer.size], np.int64) for buffer in buffers]
+        peers = [i for i in range(self.size) if i != root]
+        self._wait([self._send(part, i) for i in peers for part in (sizes[i], buffers[i])])
+        return buffers[root]
+
+    def broadcast_buffers(self, buffers: Sequence[Buffer] | None, size: int, root: int) -> Buffer:
+        """As `scatter_buffers`, but everything goes to everyone, who then keeps its own; one collective.
+
+        Args:
+            size: `joined_size(buffers)`, known to all.
+        """
+        if self.size == 1:
+            assert buffers is not None
+            return buffers[0]
+        joined = np.empty(size, np.uint8) if buffers is None else _join(buffers)
+        dist.broadcast(torch.from_numpy(joined), src=self.ranks[root], group=self.process_group)
+        self.num_bytes += size * (self.size - 1 if self.index == root else 1)
+        return _part(joined, self.size, self.index)
+
+    def _send(self, array: NDArray[Any], index: int) -> dist.Work | None:
+        self.num_bytes += array.nbytes
+        return dist.isend(torch.from_numpy(array), dst=self.ranks[index], group=self.process_group)
+
+    def _receive(self, array: NDArray[Any], index: int) -> dist.Work | None:
+        self.num_bytes += array.nbytes
+        return dist.irecv(torch.from_numpy(array), src=self.ranks[index], group=self.process_group)
+
+    def _wait(self, works: Iterable[dist.Work | None]) -> None:
+        for work in works:
+            if work is not None:
+                work.wait()
+
+
+def _tell(error: Exception) -> str:
+    return str(error) if isinstance(error, _KINDS) else f"{type(error).__name__}: {error}"
+
+
+def joined_size(buffers: Sequence[Buffer]) -> int:
+    """Bytes of buffers joined for a broadcast: their sizes (int64 each) and themselves."""
+    return 8 * len(buffers) + sum(buffer.size for buffer in buffers)
+
+
+def _join(buffers: Sequence[Buffer]) -> Buffer:
+    sizes = np.array([buffer.size for buffer in buffers], np.int64)
+    return np.concatenate([sizes.view(np.uint8), *buffers])
+
+
+def _part(joined: Buffer, count: int, index: int) -> Buffer:
+    starts = 8 * count + np.concatenate([[0], np.cumsum(joined[: 8 * count].view(np.int64))])
+    return joined[int(starts[index]) : int(starts[index + 1])]
+
+
+def _check_group(group: Any) -> None:
+    if group is None or isinstance(group, dist.ProcessGroup) or _is_accelerator(group) or hasattr(type(group), "process_group"):
+        return
+    what = "a group that this rank is not in" if group == dist.GroupMember.NON_GROUP_MEMBER else f"{group!r} ({type(group).__name__})"
+    needed = "a Group, an accelerate Accelerator or a torch ProcessGroup that this rank is in, or None for this rank alone"
+    raise ValueError(f"a rollout cannot run over {what}\nneeded: {needed}\npass wb.current().group inside a rank")
+
+
+def _is_accelerator(group: Any) -> bool:
+    return type(group).__module__.split(".")[0] == "accelerate" and hasattr(group, "process_index")
