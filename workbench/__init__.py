@@ -25,6 +25,7 @@ _HOMES = {
     "workbench.plan.partition": "divide partition_layers split_tensor",
     "workbench.ranks.group": "Group",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
+    "workbench.rollout.pipeline": "GroupedRollout RootedRollout",
     "workbench.run": "Run load_run runs",
 }
 _SUBPACKAGES = ("models", "view")
