@@ -91,7 +91,8 @@ class Axis:
     @property
     def places(self) -> Ranks:
         """Each rank's index in its group, [world_size]."""
-        return self.positions - self.starts[self._group_index(self.positions)]
+        places: Ranks = self.positions - self.starts[self._group_index(self.positions)]
+        return places
 
     def _group_index(self, positions: Any) -> Any:
         return self.starts.searchsorted(positions, side="right") - 1

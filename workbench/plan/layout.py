@@ -125,10 +125,8 @@ class Layout:
         if not ranks or min(ranks) < 0:
             raise LayoutError(f"Layout.custom({listed}): needs groups of ranks 0..world_size-1\npass e.g. {{'tp': [[0, 1], [2, 3]]}}")
         world_size = max(ranks) + 1
-        layout = cls.__new__(cls)
-        layout._assign(world_size, {axis: Axis.from_groups(axis, given, world_size) for axis, given in listed.items()}, None, (), "custom")
-        layout._title = f"Layout.custom({', '.join(f'{axis}={len(given)} groups' for axis, given in listed.items())})"
-        return layout
+        title = f"Layout.custom({', '.join(f'{axis}: {len(given)} groups' for axis, given in listed.items())})"
+        return _restore(world_size, {axis: Axis.from_groups(axis, given, world_size) for axis, given in listed.items()}, None, (), title)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -216,7 +214,15 @@ class Layout:
         self._assign(mesh.size, {axis: Axis.from_table(axis, table) for axis, table in tables.items()}, mesh, mesh_axes, title)
 
     def _assign(self, world_size: int, axes: dict[str, Axis], mesh: Ranks | None, mesh_axes: tuple[str, ...], title: str) -> None:
-        self.world_size, self._axes, self._mesh, self.mesh_axes, self._title = int(world_size), axes, mesh, mesh_axes, title
+        values = {"world_size": int(world_size), "_axes": axes, "_mesh": mesh, "mesh_axes": mesh_axes, "_title": title}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{self} cannot be changed: make another layout instead of setting {name}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (self.world_size, self._axes, self._mesh, self.mesh_axes, self._title)
 
     def _axis(self, name: str) -> Axis:
         if name in self._axes:
@@ -253,6 +259,12 @@ class Layout:
         body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
         more = f"<p>and {self.world_size - _MAX_ROWS} more ranks</p>" if self.world_size > _MAX_ROWS else ""
         return f"<p>{escape(self._title)}</p><table><tr>{head}</tr>{body}</table>{more}"
+
+
+def _restore(world_size: int, axes: dict[str, Axis], mesh: Ranks | None, mesh_axes: tuple[str, ...], title: str) -> Layout:
+    layout = Layout.__new__(Layout)
+    layout._assign(world_size, axes, mesh, mesh_axes, title)
+    return layout
 
 
 def _titled(name: str, **sizes: Any) -> str:

@@ -31,14 +31,15 @@ def arrange(
     etp = tp if etp is None else etp
     dp = world_size // check_degrees(title, world_size, tp=tp, cp=cp, pp=pp)
     edp = world_size // check_degrees(title, world_size, etp=etp, ep=ep, pp=pp)
-    fastest_first = _parsed(title, order, tp=tp, cp=cp, ep=ep, dp=dp, pp=pp)
+    fastest_first = _parsed(title, order, tp=max(tp, etp), cp=cp, ep=ep, dp=max(dp, edp), pp=pp)
     decoder, decoder_axes = _grid(fastest_first, tp=tp, cp=cp, dp=dp, pp=pp)
     experts, expert_axes = _grid(fastest_first, tp=etp, ep=ep, dp=edp, pp=pp)
     tables = {axis: joined(decoder, decoder_axes, {axis}) for axis in ("tp", "cp", "pp", "dp")}
-    if not np.array_equal(tables["pp"], joined(experts, expert_axes, {"pp"})):
+    is_apart = pp > 1 and fastest_first[-1] != "pp" and edp != dp
+    if is_apart or not np.array_equal(tables["pp"], joined(experts, expert_axes, {"pp"})):
         raise LayoutError(
-            f"{title}: the experts' pipeline would differ from the decoder's\n"
-            f"pp is not last in order {order!r}, and dp={dp} against edp={edp} (world_size / (etp {etp} * ep {ep} * pp {pp}))\n"
+            f"{title}: the experts' pipeline would not be the decoder's\n"
+            f"pp is not last in order {order!r}; dp={dp}, edp={edp} (world_size / (etp {etp} * ep {ep} * pp {pp}))\n"
             "put pp last, or choose etp and ep so that edp equals dp"
         )
     tables |= {name: joined(experts, expert_axes, {axis}) for name, axis in (("ep", "ep"), ("etp", "tp"), ("edp", "dp"))}
