@@ -82,7 +82,7 @@ def resolved_versions(roots: list[Requirement]) -> dict[str, str]:
 def main(device: str) -> None:
     roots = requirements(device)
     versions = installed_versions(roots) if device == "cpu" else resolved_versions(roots)
-    how = {"cpu": f"the versions it ran with; left out: {', '.join(sorted(LEFT_OUT))}", "gpu": "resolved from metadata, not installed there"}
+    how = {"cpu": f"the versions it ran with; left out: {', '.join(sorted(LEFT_OUT))}", "gpu": "resolved by pip, run nowhere yet"}
     print(f"# The whole environment of DEVICE={device}, for `pip install --no-deps` (make setup does it): {how[device]}.")
     print(f"# Made by scripts/lock.py {device}, Python {platform.python_version()}, {platform.system()} {platform.machine()}.")
     print(f"torch=={versions.pop('torch')}")

@@ -1,0 +1,113 @@
+"""What a test may not leave behind: child processes, files in shared memory, files in the temporary folder, open figures."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+SHARED_MEMORY = Path("/dev/shm")
+KEPT_IN_TEMP = ("pymp-", "torchinductor_", "pytest-of-")  # the socket of a fork server that stays; caches; pytest's own
+PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Belongings:
+    """What there is at one time: pids of our descendants, names in shared memory, names in our temporary folder."""
+
+    pids: frozenset[int]
+    shared: frozenset[str]
+    temporary: frozenset[str]
+
+    @classmethod
+    def now(cls) -> Belongings:
+        return cls(
+            pids=frozenset(p.pid for p in psutil.Process().children(recursive=True)),
+            shared=frozenset(os.listdir(SHARED_MEMORY)),
+            temporary=frozenset(os.listdir(tempfile.gettempdir())),
+        )
+
+
+def adopt_orphans() -> None:
+    """Orphans of this process come to it instead of init, so that they are seen."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def own_temporary_folder() -> str:
+    """Make a folder and let `tempfile` of this process and of its children use it; its path, short enough for sockets in it."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    folder = tempfile.mkdtemp(prefix="wbt-")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    return folder
+
+
+def left_since(before: Belongings, *, wait_s: float = 5.0) -> list[str]:
+    """What is new since `before` and does not go away within `wait_s`, a line each; [] when all is clean."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        left = _new_processes(before) + _new_shared_memory(before) + _new_temporary(before)
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def close_figures() -> None:
+    """Close pyplot's figures, if a test loaded pyplot."""
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    if pyplot is not None:
+        pyplot.close("all")
+
+
+def _new_processes(before: Belongings) -> list[str]:
+    new = [p for p in psutil.Process().children(recursive=True) if p.pid not in before.pids]
+    return [f"process {p.pid}: {_told(p.cmdline)}" for p in new if not _is_helper(p)]
+
+
+def _is_helper(process: psutil.Process) -> bool:
+    """A fork server or resource tracker of this very process, or one that has ended; what a fork server made is no helper."""
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        command = " ".join(process.cmdline())
+        return process.ppid() == os.getpid() and ("forkserver" in command or "resource_tracker" in command)
+    except psutil.Error:
+        return True
+
+
+def _told(command: Callable[[], list[str]]) -> str:
+    try:
+        return " ".join(command())[:120]
+    except psutil.Error:
+        return "gone"
+
+
+def _new_shared_memory(before: Belongings) -> list[str]:
+    new = set(os.listdir(SHARED_MEMORY)) - before.shared
+    foreign = _mapped_elsewhere() if new else set()
+    return [f"shared memory {SHARED_MEMORY / name}" for name in sorted(new - foreign)]
+
+
+def _mapped_elsewhere() -> set[str]:
+    """Names in shared memory that processes other than ours and our descendants map: another program's work on the same machine."""
+    own = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
+    names: set[str] = set()
+    for pid in set(psutil.pids()) - own:
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        names |= {Path(line.split(maxsplit=5)[5]).name for line in lines if f" {SHARED_MEMORY}/" in line}
+    return names
+
+
+def _new_temporary(before: Belongings) -> list[str]:
+    folder = tempfile.gettempdir()
+    new = set(os.listdir(folder)) - before.temporary
+    return [f"temporary file {os.path.join(folder, name)}" for name in sorted(new) if not name.startswith(KEPT_IN_TEMP)]
