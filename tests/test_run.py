@@ -256,7 +256,7 @@ def edit_manifest(folder: Path, **changes: object) -> None:
         (lambda f: (f / "memory.parquet").unlink(), "is damaged: memory.parquet missing\nneeded: batches.parquet, "),
         (lambda f: (f / "manifest.json").write_text("{half"), "is damaged: manifest.json is no JSON"),
         (lambda f: edit_manifest(f, run={}), "is damaged: manifest.json was changed after it was written\ntake another copy"),
-        (lambda f: edit_manifest(f, format_version=2, workbench="9.9"), "is of a newer format\nseen: format 2, written by workbench 9.9; this"),
+        (lambda f: edit_manifest(f, format_version=2, workbench="9.9"), "is of a newer format\nseen: format 2, written by workbench 9.9"),
         (lambda f: edit_manifest(f, format="npm"), "its manifest.json is another program's\nseen: format 'npm'; needed: 'workbench-run'"),
         (lambda f: (f / "manifest.json").unlink(), "it has no manifest.json\nseen: batches.parquet, completions.parquet, memory.parquet"),
         (shutil.rmtree, "there is no such folder\ngive the folder that run.save(folder) wrote; wb.runs() lists"),
