@@ -219,9 +219,9 @@ class _Rollout(ABC):
         _check_roots(table, exchange.ranks)
         started_s = parcel.started_s
         if not self._is_generating:
-            started_s = time.monotonic()
             if waits_since_s is not None:
                 self._record("generate", waits_since_s)
+            started_s = time.monotonic()
         mine = self._accept(self._deliver(parcel, table), offsets)
         self._record("scatter", started_s, bytes_before)
         return mine
