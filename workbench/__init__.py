@@ -16,6 +16,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "workbench.ranks.cluster": "Cluster",
+    "workbench.ranks.current": "Current current is_first_rank print_first_rank",
+    "workbench.ranks.launch": "launch",
     "workbench.errors": (
         "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError RankFailed "
         "RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"

@@ -1,0 +1,73 @@
+"""One cell's code in a rank: compiled, run, its last expression kept, its errors told with the user's own lines.
+
+Knows source and a namespace. Does not know channels or peers.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import time
+import traceback
+from types import ModuleType, TracebackType
+
+from workbench.errors import CollectiveMismatch
+from workbench.ranks.messages import CellError
+
+__all__ = ["file_of", "run_source", "tell"]
+
+_PACKAGE = __file__.rpartition("/ranks/")[0] + "/"
+_LONGEST_RESULT = 20_000  # characters of a result's repr
+
+
+def file_of(cell: int) -> str:
+    """The file name under which a cell's lines appear in tracebacks."""
+    return f"<cell {cell}>"
+
+
+def run_source(source: str, module: ModuleType, cell: int) -> str:
+    """Run a cell in a module's namespace.
+
+    Returns:
+        The repr of its last expression, "" where the cell ends with a statement, a semicolon or None.
+    """
+    name = file_of(cell)
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    tree = ast.parse(source, filename=name)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, name, "exec"), module.__dict__)
+    if not isinstance(last, ast.Expr):
+        return ""
+    value = eval(compile(ast.Expression(last.value), name, "eval"), module.__dict__)
+    if value is None or source.rstrip().endswith(";"):
+        return ""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_RESULT else f"{text[:_LONGEST_RESULT]}... ({len(text):,} characters)"
+
+
+def tell(error: BaseException) -> CellError:
+    """An exception as text, without the workbench's own frames around the user's."""
+    return CellError(
+        kind=type(error).__name__,
+        message=_message(error),
+        traceback="".join(traceback.format_exception(type(error), error, _users_part(error.__traceback__))).rstrip(),
+        at_s=time.monotonic(),
+        is_mismatch=isinstance(error, CollectiveMismatch),
+    )
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"(its text cannot be made: {broken!r})"
+
+
+def _users_part(found: TracebackType | None) -> TracebackType | None:
+    """The traceback from the first frame that is not the workbench's, or all of it where none is."""
+    step = found
+    while step is not None and step.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+        step = step.tb_next
+    return step or found
+
+

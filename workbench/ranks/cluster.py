@@ -1,0 +1,401 @@
+"""`Cluster`: N gloo ranks that live between cells, as the notebook holds them.
+
+    Cluster (this file: what one may ask) -> Conductor (the thread that keeps it) -> Link (one rank) -> process
+
+Knows cells, selectors and the layout in use. Does not know prompts, engines or notebooks' magics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from workbench.errors import ClusterBusy, ClusterClosed, LaunchError, RankFailed, RankInterrupted
+from workbench.plan.layout import Layout
+from workbench.plan.selector import Selector, select_ranks
+from workbench.ranks.channel import pack
+from workbench.ranks.handle import ActiveCell, CellHandle
+from workbench.ranks.ledger import ledger_frame, write_perfetto
+from workbench.ranks.messages import RunCell, Task
+from workbench.ranks.processes import Processes
+from workbench.ranks.servers import describe_exit
+from workbench.records import Diagnosis, RankState, RankStatus
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Cluster"]
+
+_PROGRESS_AFTER_S = 2.0
+_STOP_LIMIT_S = 15.0
+_START_LIMIT_S = 120.0
+
+
+class Cluster:
+    """Ranks of one world; made by `wb.launch`. `with` closes it, and so does letting go of it."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._conductor = processes.conductor
+        self._layout = Layout(world_size=processes.world_size)
+        self._cell_number = 0
+        self._lock = threading.Lock()
+        self._is_closed = False
+        self._owned: list[Callable[[], None]] = []
+        self._finalizer = weakref.finalize(self, _close, processes, self._owned)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:
+        return self._processes.world_size
+
+    @property
+    def generation(self) -> int:
+        """How many times the process group was formed anew since launch."""
+        return self._conductor.generation
+
+    @property
+    def layout(self) -> Layout:
+        """The layout in use; until `use` it is one flat axis."""
+        return self._layout
+
+    @property
+    def folder(self) -> Path:
+        """A private (0700) folder of this cluster, removed with it."""
+        return self._processes.folder
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
+
+    @property
+    def last_diagnosis(self) -> Diagnosis | None:
+        """Who waited for whom when a cell was last stopped."""
+        return self._conductor.last_diagnosis
+
+    @property
+    def marks(self) -> list[tuple[float, str]]:
+        """(monotonic time, label) of each `mark`, the ranks' too."""
+        return self._processes.marks
+
+    def mark(self, label: str) -> None:
+        """Label this moment in the memory timeline; `wb.current().mark` does the same from a rank."""
+        self._processes.marks.append((time.monotonic(), label))
+
+    def pid(self, rank: int) -> int:
+        return self._processes.links[select_ranks(rank, self.world_size)[0]].pid
+
+    def status(self) -> list[RankStatus]:
+        """Every rank as seen from outside, also while all of them are stuck."""
+        cell = self._conductor.active
+        return [self._status_of(rank, cell) for rank in range(self.world_size)]
+
+    def _status_of(self, rank: int, cell: ActiveCell | None) -> RankStatus:
+        link = self._processes.links[rank]
+        rss = private = 0
+        if not link.is_dead:
+            with contextlib.suppress(psutil.Error):
+                memory = psutil.Process(link.pid).memory_full_info()
+                rss, private = memory.rss, memory.uss
+        is_running = cell is not None and rank in cell.pending
+        state = RankState.DEAD if link.is_dead else RankState.RUNNING if is_running else RankState.IDLE
+        waits_in = ""
+        if is_running and cell is not None:
+            posted = self._conductor.board.read(rank)
+            if posted.state and posted.cell == cell.number:
+                group = self._conductor.groups.get(posted.key)
+                waits_in = f"{posted.place.text.partition('(')[0]} #{posted.sequence} of {group.name if group else '?'}"
+        number = cell.number if is_running and cell is not None else None
+        return RankStatus(rank=rank, pid=link.pid, state=state, cell=number, rss_bytes=rss, private_bytes=private, waits_in=waits_in)
+
+    def __repr__(self) -> str:
+        if self._is_closed:
+            return f"<Cluster of {self.world_size} ranks: closed>"
+        dead = [link.rank for link in self._processes.links if link.is_dead]
+        cell = self._conductor.active
+        state = f"{cell.name} runs" if cell else "idle"
+        return f"<Cluster of {self.world_size} ranks: {state}, generation {self.generation}" + (f", dead: {dead}>" if dead else ">")
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{s.rank}</td><td>{s.pid}</td><td>{s.state}</td><td>{'' if s.cell is None else s.cell}</td>"
+            f"<td>{html.escape(s.waits_in)}</td><td style='text-align:right'>{s.rss_bytes / 2**20:.0f}</td>"
+            f"<td style='text-align:right'>{s.private_bytes / 2**20:.0f}</td></tr>"
+            for s in ([] if self._is_closed else self.status())
+        )
+        head = "<tr><th>rank</th><th>pid</th><th>state</th><th>cell</th><th>waits in</th><th>resident, MiB</th><th>private, MiB</th></tr>"
+        return f"<div>{html.escape(repr(self))}</div><table>{head}{rows}</table>"
+
+    # -- running ------------------------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        ranks: Selector = None,
+        timeout_s: float | None = None,
+        block: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Call a function on ranks.
+
+        Args:
+            fn: also one defined in a notebook's cell; it travels with its closure.
+            ranks: an int, a list, a slice, or "all", "0,2-3", "tp=0", "dp=1,pp=0".
+            timeout_s: end the call, with a diagnosis, after so long.
+
+        Returns:
+            One result a chosen rank, in rank order; with block=False a handle at once.
+
+        Raises:
+            ValueError: `ranks` chooses nobody.
+            RankFailed, CollectiveMismatch, RankDeadlock, RankTimeout, RankInterrupted: the cell ended badly; the cluster is usable again.
+            ClusterBusy, ClusterClosed: nothing was sent.
+        """
+        if not callable(fn):
+            raise TypeError(f"cluster.run takes a function, not {type(fn).__name__}: {fn!r}; cluster.execute runs source text")
+        name = getattr(fn, "__name__", type(fn).__name__)
+        return self._perform(Task.CALL, name, (fn, args, kwargs), ranks, timeout_s=timeout_s, block=block, label=f"{name}()")
+
+    def execute(
+        self,
+        source: str,
+        ranks: Selector = None,
+        *,
+        timeout_s: float | None = None,
+        block: bool = True,
+        on_output: Callable[[int, str, str], None] | None = None,
+    ) -> Any:
+        """Run a cell's source on ranks, each in its own lasting namespace.
+
+        Args:
+            on_output: called from a thread with (rank, "stdout" or "stderr", text) as output arrives.
+
+        Returns:
+            A `CellResult`: rank -> stdout, stderr, result_text, error; with block=False a handle at once.
+
+        Raises:
+            SyntaxError: the source cannot be compiled; nothing was sent. Otherwise as `run`.
+        """
+        compile(source, "<cell>", "exec")
+        return self._perform(Task.SOURCE, source, None, ranks, timeout_s=timeout_s, block=block, label="", on_output=on_output)
+
+    def push(self, names: dict[str, Any], ranks: Selector = None) -> None:
+        """Bind names on ranks; large arrays travel without a further copy."""
+        bad = [name for name in names if not (isinstance(name, str) and name.isidentifier())]
+        if bad:
+            raise ValueError(f"push: {bad[0]!r} is no name; every key must be an identifier")
+        self._perform(Task.PUSH, "", dict(names), ranks, label="push")
+
+    def pull(self, name: str, ranks: Selector = None) -> list[Any]:
+        """The value of a name (or expression) on ranks, in rank order."""
+        compile(name, "<pull>", "eval")
+        values: list[Any] = self._perform(Task.PULL, name, None, ranks, label=f"pull({name!r})")
+        return values
+
+    def use(self, layout: Layout) -> None:
+        """Form the groups of a layout on all ranks: `groups["tp"]`, selectors by axis.
+
+        Raises:
+            ValueError: the layout is of another world size.
+        """
+        if layout.world_size != self.world_size:
+            raise ValueError(f"the layout has {layout.world_size} ranks, the cluster {self.world_size}; they must be equal")
+        from workbench.ranks.forming import use_layout
+
+        self.run(use_layout, layout)
+        self._layout = layout
+
+    def _perform(
+        self,
+        task: Task,
+        text: str,
+        value: Any,
+        ranks: Selector,
+        *,
+        timeout_s: float | None = None,
+        block: bool = True,
+        label: str = "",
+        on_output: Callable[[int, str, str], None] | None = None,
+    ) -> Any:
+        members = select_ranks(ranks, self.world_size, self._layout)
+        packed = None if value is None else pack(value)
+        with self._lock:
+            cell = self._new_cell(task, text, members, timeout_s, label, on_output)
+            self._conductor.active = cell
+            message = RunCell(cell=cell.number, task=task, text=text, members=members)
+            self._conductor.begin(cell, message, packed)
+        handle = CellHandle(cell, lambda c: self._conductor.stop(c, "interrupt"))
+        return self._await(cell, handle) if block else handle
+
+    def _new_cell(
+        self, task: Task, text: str, members: Sequence[int], timeout_s: float | None, label: str, on_output: Callable[[int, str, str], None] | None
+    ) -> ActiveCell:
+        self._refuse_when_closed_or_busy()
+        dead = [rank for rank in members if self._processes.links[rank].is_dead]
+        if dead:
+            link = self._processes.links[dead[0]]
+            code, name, cause = describe_exit(link.exit_status or 0)
+            raise RankFailed(
+                f"rank {dead[0]} of {self.world_size} is dead: {name or f'exit code {code}'} ({cause})\nnothing was sent\n"
+                f"cluster.respawn({dead[0]}) brings it back; ranks={[r for r in range(self.world_size) if r not in dead]!r} leaves it out",
+                rank=dead[0],
+                world_size=self.world_size,
+                exit_code=code,
+                signal_name=name,
+            )
+        self._cell_number += 1
+        number = self._cell_number
+        return ActiveCell(
+            number=number,
+            members=tuple(members),
+            world_size=self.world_size,
+            task=task,
+            text=text,
+            timeout_s=timeout_s,
+            name=f"{label} (cell {number})" if label else f"cell {number}",
+            on_output=on_output,
+        )
+
+    def _refuse_when_closed_or_busy(self) -> None:
+        if self._is_closed:
+            raise ClusterClosed("the cluster is closed; its ranks have ended\nstart another: cluster = wb.launch(...)")
+        active = self._conductor.active
+        if active is not None:
+            raise ClusterBusy(
+                f"{active.name} still runs on ranks {sorted(active.pending)}\nwait for its handle's result(), or stop it: cluster.interrupt()"
+            )
+
+    def _await(self, cell: ActiveCell, handle: CellHandle) -> Any:
+        """Wait for a cell; a KeyboardInterrupt stops it on the ranks first."""
+        try:
+            self._wait_with_progress(cell)
+        except KeyboardInterrupt:
+            self._interrupted(cell)
+            raise KeyboardInterrupt(str(RankInterrupted(cell.diagnosis.sentence if cell.diagnosis else ""))) from None
+        return handle.result()
+
+    def _wait_with_progress(self, cell: ActiveCell) -> None:
+        if cell.finished.wait(_PROGRESS_AFTER_S):
+            return
+        from workbench.ranks.progress import Progress
+
+        with Progress() as progress:
+            while not cell.finished.wait(0.5):
+                pending = sorted(cell.pending)
+                progress.show(f"{cell.name}: {time.monotonic() - cell.started_s:.0f} s, ranks {pending} still run")
+
+    def _interrupted(self, cell: ActiveCell) -> None:
+        started = time.monotonic()
+        self._conductor.stop(cell, "interrupt")
+        while not cell.finished.wait(0.05) and time.monotonic() - started < _STOP_LIMIT_S:
+            continue
+        found = cell.diagnosis.text if cell.diagnosis and cell.diagnosis.waiting else "no rank waited in a collective"
+        print(f"{cell.name} interrupted; ranks free after {time.monotonic() - started:.1f} s, names kept\n{found}", file=sys.stderr)
+
+    # -- asking and stopping ------------------------------------------------------------------------------------------------------------
+
+    def diagnose(self) -> Diagnosis:
+        """Who waits for whom, now; from any thread, also while a cell runs."""
+        if self._is_closed:
+            self._refuse_when_closed_or_busy()
+        return self._conductor.diagnose()
+
+    def interrupt(self) -> None:
+        """Stop the cell that runs: every rank is free within a second, names kept. Called again, stuck ranks are killed."""
+        cell = self._conductor.active
+        if cell is not None:
+            self._conductor.stop(cell, "interrupt")
+
+    def kill(self, rank: int) -> None:
+        """kill -9 one rank, as a crash would."""
+        link = self._processes.links[select_ranks(rank, self.world_size)[0]]
+        link.signal(signal.SIGKILL)
+        self._until(lambda: link.is_dead, f"rank {rank} to end")
+
+    def respawn(self, rank: int) -> None:
+        """Bring a dead rank back, empty; all ranks form the next generation.
+
+        Raises:
+            ValueError: the rank lives.
+        """
+        self._refuse_when_closed_or_busy()
+        if not self._processes.links[select_ranks(rank, self.world_size)[0]].is_dead:
+            raise ValueError(f"rank {rank} is alive (pid {self.pid(rank)}); cluster.kill({rank}) first, or cluster.restart() for all")
+        self._renew({rank} | {link.rank for link in self._processes.links if link.is_dead})
+
+    def restart(self) -> None:
+        """Fresh ranks in place of all: empty namespaces, the next generation."""
+        if self._is_closed:
+            self._refuse_when_closed_or_busy()
+        for link in self._processes.links:
+            link.signal(signal.SIGKILL)
+        self._until(lambda: all(link.is_dead for link in self._processes.links) and self._conductor.active is None, "the ranks to end")
+        self._renew(set(range(self.world_size)))
+
+    def _renew(self, fresh: set[int]) -> None:
+        generation = self.generation + 1
+        self._conductor.begin_generation(generation, fresh)
+        for rank in sorted(fresh):
+            self._processes.start(rank, generation)
+        self._until(lambda: self._processes.are_ready() and not self._conductor.is_rebuilding, "the ranks to form a group")
+        self._processes.raise_startup_error()
+        if self._layout != Layout(world_size=self.world_size):
+            self.use(self._layout)
+
+    def _until(self, is_so: Callable[[], bool], what: str) -> None:
+        limit = time.monotonic() + _START_LIMIT_S
+        with self._conductor.changed:
+            while not is_so():
+                if time.monotonic() > limit:
+                    raise LaunchError(f"waited {_START_LIMIT_S:.0f} s for {what}; cluster.close() ends it")
+                self._conductor.changed.wait(0.05)
+
+    # -- records ------------------------------------------------------------------------------------------------------------------------
+
+    def ledger(self) -> pd.DataFrame:
+        """A row a collective and rank: rank, op, group, sequence, num_bytes, start_s, wait_s, duration_s, cell, line; the last 4,096 of each rank."""
+        return ledger_frame(self._conductor.board, self._conductor.groups)
+
+    def to_perfetto(self, path: str | os.PathLike[str]) -> Path:
+        """Write the ledger as a trace that Perfetto and chrome://tracing open."""
+        return write_perfetto(self.ledger(), Path(path))
+
+    # -- end ----------------------------------------------------------------------------------------------------------------------------
+
+    def own(self, close: Callable[[], None]) -> None:
+        """Have something closed with the cluster, before its ranks."""
+        self._owned.append(close)
+
+    def close(self) -> None:
+        """End the ranks and all that belongs to them; may be called twice."""
+        self._is_closed = True
+        self._finalizer()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _close(processes: Processes, owned: list[Callable[[], None]]) -> None:
+    for close in reversed(owned):
+        with contextlib.suppress(Exception):
+            close()
+    processes.close()
+
+

@@ -1,0 +1,380 @@
+"""The thread that keeps a cluster: reads channels and output, watches the cell that runs, frees ranks that can get no further.
+
+    channels, pipes --> conductor --> ActiveCell (outputs, values, errors)
+                           |  every tick: failure? death? certain deadlock? time over?  ->  stop
+    stop:  look (who is where)  ->  board: waits end  ->  signal  ->  shut gloo connections  ->  kill   (each later, and only if still needed)
+    when all have answered: where gloo connections were shut, all ranks form the next generation
+
+Knows links, the board and one active cell. Does not know notebooks, layouts or what cells are for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from workbench.errors import RankError, RankFailed
+from workbench.ranks.board import AreaState, Board
+from workbench.ranks.channel import Packed
+from workbench.ranks.diagnosis import Scene, diagnose
+from workbench.ranks.handle import ActiveCell, StopReason
+from workbench.ranks.link import Link
+from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen
+from workbench.ranks.servers import describe_exit
+from workbench.records import Diagnosis
+
+__all__ = ["Conductor"]
+
+_TICK_S = 0.02
+_LOOK_LIMIT_S = 0.15  # how long ranks may take to say where they are before a stop
+_GRACE_S = {"failure": 1.0, "deadlock": 0.15, "timeout": 0.0, "interrupt": 0.0}  # for ranks that are not stuck to end by themselves
+_SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
+_KILL_AFTER_S = 5.0
+
+
+class Conductor:
+    """Owns the links of one cluster; all public methods may be called from any thread."""
+
+    def __init__(self, links: list[Link], board: Board, on_mark: Callable[[str, float], None]) -> None:
+        self.links = links
+        self.board = board
+        self.generation = 0
+        self.groups: dict[int, GroupFormed] = {}
+        self.startup_errors: dict[int, str] = {}
+        self.last_diagnosis: Diagnosis | None = None
+        self.active: ActiveCell | None = None
+        self.changed = threading.Condition()
+        self._on_mark = on_mark
+        self._seen: dict[int, Seen] = {}
+        self._ticket = 0
+        self._rebuilding: set[int] | None = None
+        self.rebuild_errors: dict[int, str] = {}
+        self._stop_stage: set[str] = set()
+        self._killed: set[int] = set()
+        self._selector = selectors.DefaultSelector()
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._todo: list[Callable[[], None]] = []
+        self._is_closing = False
+        for link in links:
+            self._attach(link)
+        self._thread = threading.Thread(target=self._loop, name="workbench-conductor", daemon=True)
+        self._thread.start()
+
+    # -- any thread ---------------------------------------------------------------------------------------------------------------------
+
+    def begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None = None) -> None:
+        """Send a cell to its members; `value` is the same for all, `values` one a rank."""
+        self._later(lambda: self._begin(cell, message, value, values))
+
+    def stop(self, cell: ActiveCell, reason: StopReason) -> None:
+        """End a cell; a second stop while the first is under way goes straight to the last resort."""
+        self._later(lambda: self._stop(cell, reason))
+
+    def replace(self, rank: int, link: Link) -> None:
+        """Put a fresh link in a dead rank's place."""
+
+        def put() -> None:
+            self._detach(self.links[rank])
+            self.links[rank].close()
+            self.links[rank] = link
+            self._attach(link)
+
+        self._later(put)
+
+    def begin_generation(self, generation: int, fresh: set[int]) -> None:
+        """Have all ranks but the fresh ones form a generation; they report Rebuilt, fresh ones Ready."""
+
+        def begin() -> None:
+            self.generation = generation
+            self.groups = {}
+            self.rebuild_errors = {}
+            self._rebuilding = {link.rank for link in self.links if not link.is_dead and link.rank not in fresh}
+            for rank in self._rebuilding:
+                self._send(self.links[rank], Rebuild(generation=generation))
+
+        self._later(begin)
+
+    @property
+    def is_rebuilding(self) -> bool:
+        return bool(self._rebuilding)
+
+    def diagnose(self, look_s: float = _LOOK_LIMIT_S) -> Diagnosis:
+        """Ask the ranks where they are, wait a little for the answers, and read the board."""
+        cell = self.active
+        if cell is None:
+            return self.last_diagnosis or Diagnosis(sentence="no cell runs; every rank is idle")
+        self._later(lambda: self._look(cell))
+        limit = time.monotonic() + look_s
+        with self.changed:
+            while time.monotonic() < limit and not cell.pending <= set(self._seen):
+                self.changed.wait(0.02)
+        return self._diagnosis(cell)
+
+    def exited(self, link: Link, status: int) -> None:
+        """A rank's process ended; called by the server's thread."""
+        self._later(lambda: self._died(link, status))
+
+    def close(self) -> None:
+        """End the thread and close every link; ranks end by themselves."""
+        self._is_closing = True
+        self._wake()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(5)
+
+    # -- the thread ---------------------------------------------------------------------------------------------------------------------
+
+    def _later(self, call: Callable[[], None]) -> None:
+        self._todo.append(call)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"x")
+
+    def _attach(self, link: Link) -> None:
+        self._selector.register(link.sock, selectors.EVENT_READ, (link, self._read_channel))
+        self._selector.register(link.out.reading, selectors.EVENT_READ, (link, self._read_output))
+        self._selector.register(link.err.reading, selectors.EVENT_READ, (link, self._read_output))
+
+    def _detach(self, link: Link) -> None:
+        for source in (link.sock, link.out.reading, link.err.reading):
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(source)
+
+    def _loop(self) -> None:
+        while not self._is_closing:
+            for key, events in self._selector.select(_TICK_S if self.active is not None else 0.5):
+                if key.data is None:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_read, 4096)
+                else:
+                    link, handle = key.data
+                    handle(link, key.fd, events)
+            while self._todo:
+                self._todo.pop(0)()
+            if self.active is not None:
+                self._tick(self.active)
+        for link in self.links:
+            self._detach(link)
+            link.close()
+        self._selector.close()
+        for fd in (self._wake_read, self._wake_write):
+            os.close(fd)
+
+    def _begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None) -> None:
+        for link in self.links:
+            if not link.is_dead:
+                self._drain(link)
+                link.out.take(), link.err.take()  # written between cells, by threads or processes that a cell left behind
+        self._stop_stage, self._seen = set(), {}
+        self.active = cell
+        for rank in cell.members:
+            if self.links[rank].is_dead:
+                self._died(self.links[rank], self.links[rank].exit_status or 0)
+            else:
+                self._send(self.links[rank], message, values[rank] if values is not None else value)
+
+    def _send(self, link: Link, message: Any, value: Packed | None = None) -> None:
+        try:
+            if not link.writer.send(message, value):
+                self._selector.modify(link.sock, selectors.EVENT_READ | selectors.EVENT_WRITE, (link, self._read_channel))
+        except (BrokenPipeError, ConnectionError, OSError):
+            return  # it died: its exit is told by the server
+
+    def _read_channel(self, link: Link, fd: int, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            with contextlib.suppress(OSError):
+                if link.writer.flush():
+                    self._selector.modify(link.sock, selectors.EVENT_READ, (link, self._read_channel))
+        if events & selectors.EVENT_READ:
+            messages = link.reader.read()
+            if messages is None:
+                self._selector.unregister(link.sock)
+                return
+            for message, value in messages:
+                self._take(link, message, value)
+            with self.changed:
+                self.changed.notify_all()
+
+    def _read_output(self, link: Link, fd: int, events: int) -> None:
+        pipe, name = (link.out, "stdout") if fd == link.out.reading else (link.err, "stderr")
+        if not pipe.drain(self._streamer(link.rank, name)):
+            self._selector.unregister(fd)
+
+    def _streamer(self, rank: int, name: str) -> Callable[[bytes], None] | None:
+        cell = self.active
+        if cell is None or cell.on_output is None:
+            return None
+        show = cell.on_output
+        return lambda data: show(rank, name, data.decode(errors="replace"))
+
+    def _drain(self, link: Link) -> None:
+        link.out.drain(self._streamer(link.rank, "stdout"))
+        link.err.drain(self._streamer(link.rank, "stderr"))
+
+    def _take(self, link: Link, message: Any, value: Packed | None) -> None:
+        if isinstance(message, CellDone):
+            self._done(link, message, value)
+        elif isinstance(message, GroupFormed):
+            self.groups[message.key] = message
+        elif isinstance(message, Seen):
+            if message.ticket == self._ticket:
+                self._seen[link.rank] = message
+        elif isinstance(message, Rebuilt):
+            if message.error:
+                self.rebuild_errors[link.rank] = message.error
+            if self._rebuilding is not None:
+                self._rebuilding.discard(link.rank)
+        elif isinstance(message, Ready):
+            link.is_ready = True
+            if message.error:
+                self.startup_errors[link.rank] = message.error
+        elif isinstance(message, Mark):
+            self._on_mark(message.label, message.at_s)
+
+    def _done(self, link: Link, message: CellDone, value: Packed | None) -> None:
+        cell = self.active
+        if cell is None or cell.number != message.cell:
+            return
+        self._collect(cell, link)
+        cell.done[link.rank] = message
+        cell.values[link.rank] = value
+        if message.outcome is Outcome.RAISED and cell.stop_reason is None:
+            self._stop(cell, "failure")
+        self._tick(cell)
+
+    def _collect(self, cell: ActiveCell, link: Link) -> None:
+        self._drain(link)
+        cell.stdout[link.rank] = cell.stdout.get(link.rank, "") + link.out.take()
+        cell.stderr[link.rank] = cell.stderr.get(link.rank, "") + link.err.take()
+
+    def _died(self, link: Link, status: int) -> None:
+        if link.exit_status is None:
+            link.exit_status = status
+            self._drain(link)
+        cell = self.active
+        if cell is not None and link.rank in cell.pending and link is self.links[link.rank]:
+            self._collect(cell, link)
+            cell.deaths[link.rank] = self._death(cell, link, status)
+            if cell.stop_reason is None:
+                self._stop(cell, "failure")
+        if self._rebuilding is not None:
+            self._rebuilding.discard(link.rank)
+        with self.changed:
+            self.changed.notify_all()
+
+    def _death(self, cell: ActiveCell, link: Link, status: int) -> RankError:
+        code, name, cause = describe_exit(status)
+        how = name or f"exit code {code}"
+        said = link.err.last_lines() or link.out.last_lines()
+        if link.rank in self._killed:
+            cause = "a C call that never returned; it was killed 5 s after it was asked to stop"
+        text = f"rank {link.rank} of {len(self.links)} died in {cell.name}: {how} ({cause})"
+        text += f"\nits last output:\n{said}" if said else "\nit had written nothing"
+        text += f"\nthe other ranks keep their names; cluster.respawn({link.rank}) brings it back, cluster.restart() starts all afresh"
+        return RankFailed(text, rank=link.rank, world_size=len(self.links), exit_code=code, signal_name=name)
+
+    # -- stopping -----------------------------------------------------------------------------------------------------------------------
+
+    def _stop(self, cell: ActiveCell, reason: StopReason) -> None:
+        if cell.finished.is_set() or cell is not self.active:
+            return
+        if cell.stop_reason is not None:
+            if reason == "interrupt" and cell.stop_reason in ("interrupt", "timeout"):
+                self._stop_stage.add("hurry")
+            elif reason == "interrupt":
+                cell.stopped_s = min(cell.stopped_s, time.monotonic() - _GRACE_S["failure"])
+            return
+        cell.stop_reason, cell.stopped_s = reason, time.monotonic()
+        self._look(cell)
+
+    def _look(self, cell: ActiveCell) -> None:
+        self._ticket += 1
+        self._seen = {}
+        for rank in cell.pending:
+            self._send(self.links[rank], Look(ticket=self._ticket))
+
+    def _diagnosis(self, cell: ActiveCell) -> Diagnosis:
+        dead = {link.rank: describe_exit(link.exit_status)[1] or "ended" for link in self.links if link.exit_status is not None}
+        scene = Scene(
+            cell=cell.number,
+            members=frozenset(cell.members),
+            finished=frozenset(cell.done),
+            dead=dead,
+            groups=self.groups,
+            seen=dict(self._seen),
+        )
+        return diagnose(self.board, scene)
+
+    def _tick(self, cell: ActiveCell) -> None:
+        now = time.monotonic()
+        if not cell.pending:
+            self._conclude(cell)
+        elif cell.stop_reason is None:
+            if cell.timeout_s is not None and now - cell.started_s > cell.timeout_s:
+                self._stop(cell, "timeout")
+            elif (len(cell.done) or len(cell.members) < len(self.links)) and self._diagnosis(cell).is_certain_deadlock:
+                self._stop(cell, "deadlock")
+        else:
+            self._advance_stop(cell, now - cell.stopped_s)
+
+    def _advance_stop(self, cell: ActiveCell, since_s: float) -> None:
+        """Take the next step of a stop when its time has come; each step once."""
+        assert cell.stop_reason is not None
+        stages = self._stop_stage
+        if "board" not in stages:
+            if since_s < _LOOK_LIMIT_S and not cell.pending <= set(self._seen):
+                return
+            cell.diagnosis = self.last_diagnosis = self._diagnosis(cell)
+            stages.add("board")
+            for rank in cell.members:
+                self.board.stop(rank, cell.number)
+        after_grace_s = since_s - _GRACE_S[cell.stop_reason]
+        if after_grace_s >= 0 and "signal" not in stages:
+            stages.add("signal")
+            for rank in cell.pending:
+                self.links[rank].signal(signal.SIGINT)
+        if "shut" not in stages and (after_grace_s >= _SHUT_AFTER_S or (since_s >= _SHUT_AFTER_S and self._is_any_in_gloo(cell))):
+            stages.add("shut")
+            for rank in cell.pending:
+                self._send(self.links[rank], Free(cell=cell.number))
+        if after_grace_s >= _KILL_AFTER_S or "hurry" in stages:
+            for rank in cell.pending - self._killed:
+                self._killed.add(rank)
+                self.links[rank].signal(signal.SIGKILL)
+
+    def _is_any_in_gloo(self, cell: ActiveCell) -> bool:
+        return any(self.board.read(rank).state is AreaState.IN_GLOO for rank in cell.pending)
+
+    def _conclude(self, cell: ActiveCell) -> None:
+        """All members have answered: form the next generation if connections were shut, then let the caller go on."""
+        if self._rebuilding:
+            return
+        is_broken = any(done.is_group_broken for done in cell.done.values()) or bool(cell.deaths)
+        is_whole = not any(link.is_dead for link in self.links)
+        if is_broken and is_whole and "rebuild" not in self._stop_stage:
+            self._stop_stage.add("rebuild")
+            self.generation += 1
+            self.groups = {}
+            self.rebuild_errors = {}
+            self._rebuilding = {link.rank for link in self.links}
+            for link in self.links:
+                self._send(link, Rebuild(generation=self.generation))
+            return
+        if "rebuild" in self._stop_stage:
+            cell.notes.append(
+                f"the stop closed gloo connections: the ranks now form generation {self.generation}; "
+                "groups, DDP models and in-rank engines of your own from before it must be made again"
+            )
+        cell.notes += [f"rank {rank} could not join generation {self.generation}: {text}" for rank, text in self.rebuild_errors.items()]
+        self.active = None
+        cell.finished.set()
+        with self.changed:
+            self.changed.notify_all()

@@ -1,0 +1,27 @@
+"""What a rank is told at its start; torch is not needed to say it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["RankConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankConfig:
+    """What a rank is told at its start.
+
+    Attributes:
+        generation: the world's generation that it joins.
+        num_threads: threads of one torch operation.
+    """
+
+    rank: int
+    world_size: int
+    seed: int
+    store_port: int
+    store_prefix: str
+    generation: int
+    timeout_s: float
+    is_checked: bool
+    num_threads: int

@@ -1,0 +1,203 @@
+"""A fork server: a process that has imported what children need, and forks one for each request.
+
+    driver --(socket pair: Spawn + descriptors)--> server --fork--> child: environment, descriptors 0-2, entry(config, fds)
+    driver <--(Spawned pid, Exited pid status)---- server
+
+Run as `main([FD, MODULE...])`. It only imports and forks: one large torch operation here and a child's first would hang
+in libgomp. It forks from its main thread (parent-death signals follow the thread), has no other thread, reaps its children, and ends all of them
+and itself when the driver's end closes. Knows processes. Does not know what the children do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import os
+import pickle
+import select
+import signal
+import socket
+import struct
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Exited", "Spawn", "Spawned", "main", "read_frame", "write_frame"]
+
+_SIZE = struct.Struct("<Q")
+_MAX_FDS = 16
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawn:
+    """Fork a child; descriptors that travel with it: stdout, stderr, then those that the entry is given.
+
+    Attributes:
+        entry: "module:function", called with (config, fds).
+    """
+
+    entry: str
+    config: Any
+    environment: dict[str, str]
+    folder: str
+    path: tuple[str, ...]
+    num_fds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spawned:
+    pid: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exited:
+    """A child ended; `status` as os.waitpid gives it."""
+
+    pid: int
+    status: int
+
+
+def write_frame(sock: socket.socket, record: Any, fds: list[int] | None = None) -> None:
+    """Send one record; descriptors ride on its first bytes."""
+    data = pickle.dumps(record)
+    head = _SIZE.pack(len(data))
+    if fds:
+        socket.send_fds(sock, [head], fds)
+    else:
+        sock.sendall(head)
+    sock.sendall(data)
+
+
+def read_frame(sock: socket.socket) -> tuple[Any, list[int]] | None:
+    """One record and its descriptors; None at end of file."""
+    head, fds, _, _ = socket.recv_fds(sock, _SIZE.size, _MAX_FDS)
+    if not head:
+        return None
+    head += _read(sock, _SIZE.size - len(head))
+    return pickle.loads(_read(sock, _SIZE.unpack(head)[0])), fds
+
+
+def _read(sock: socket.socket, size: int) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise ConnectionError("the other end closed inside a record")
+        data += piece
+    return bytes(data)
+
+
+class _Server:
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.children: set[int] = set()
+        self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def serve(self) -> None:
+        try:
+            while True:
+                ready, _, _ = select.select([self.sock, self.wake_read], [], [])
+                if self.wake_read in ready:
+                    os.read(self.wake_read, 4096)
+                    self.reap()
+                if self.sock in ready:
+                    request = read_frame(self.sock)
+                    if request is None:
+                        return
+                    self.spawn(*request)
+        except (ConnectionError, BrokenPipeError):
+            return
+        finally:
+            self.end()
+
+    def spawn(self, request: Spawn, fds: list[int]) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            write_frame(self.sock, Spawned(pid=0, error=f"{error}: no process could be made"))
+            pid = -1
+        if pid == 0:
+            _child(self, request, fds)
+        for fd in fds:
+            os.close(fd)
+        if pid > 0:
+            self.children.add(pid)
+            write_frame(self.sock, Spawned(pid=pid))
+
+    def reap(self) -> None:
+        for pid in list(self.children):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                self.children.discard(pid)
+                write_frame(self.sock, Exited(pid=pid, status=status))
+
+    def end(self) -> None:
+        """The driver is gone: so are we, and all that we started."""
+        for pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self.children:
+            os.waitpid(pid, 0)
+
+
+def _child(server: _Server, request: Spawn, fds: list[int]) -> None:
+    """In the child: never returns."""
+    code = 1
+    try:
+        parent = os.getppid()
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+        os.setsid()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for fd in (server.sock.detach(), server.wake_read, server.wake_write):
+            os.close(fd)
+        _take_descriptors(fds[0], fds[1])
+        os.environ.clear()
+        os.environ.update(request.environment)
+        os.chdir(request.folder)
+        sys.path[:] = request.path
+        module, _, function = request.entry.partition(":")
+        getattr(importlib.import_module(module), function)(request.config, fds[2:])
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)  # no destructors: a thread of a library may still run
+
+
+def _take_descriptors(out: int, err: int) -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
+    for fd in (null, out, err):
+        os.close(fd)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def main(argv: list[str]) -> None:
+    sock = socket.socket(fileno=int(argv[0]))
+    for name in argv[1:]:
+        importlib.import_module(name)
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        write_frame(sock, Spawned(pid=0, error="importing made a CUDA context, which children cannot inherit: launch with start_method='spawn'"))
+        return
+    gc.collect()
+    gc.freeze()  # children then do not touch (and so copy) the pages of what is imported
+    _Server(sock).serve()

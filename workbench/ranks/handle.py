@@ -1,0 +1,226 @@
+"""What the driver holds of a cell: its outputs per rank, and a handle while it runs.
+
+Knows outputs and errors of one cell. Does not know how ranks are reached.
+"""
+
+from __future__ import annotations
+
+import html
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from workbench.errors import CollectiveMismatch, RankDeadlock, RankError, RankFailed, RankInterrupted, RankTimeout
+from workbench.ranks.channel import Packed, unpack
+from workbench.ranks.messages import CellDone, CellError, Outcome, Task
+from workbench.records import Diagnosis
+
+__all__ = ["ActiveCell", "CellHandle", "CellResult", "RankOutput", "StopReason"]
+
+StopReason = str  # "failure", "deadlock", "timeout", "interrupt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankOutput:
+    """What one rank gave in one cell.
+
+    Attributes:
+        stdout, stderr: Python's and native output.
+        result_text: repr of the cell's last expression, "" where there is none.
+        error: text of what it raised, None where it did not.
+        seconds: how long it ran.
+    """
+
+    rank: int
+    stdout: str
+    stderr: str
+    result_text: str
+    error: str | None
+    seconds: float
+
+
+class CellResult(Mapping[int, RankOutput]):
+    """rank -> what it gave; equal outputs are shown once, with the ranks that they came from."""
+
+    def __init__(self, outputs: Mapping[int, RankOutput]) -> None:
+        self._outputs = dict(sorted(outputs.items()))
+
+    def __getitem__(self, rank: int) -> RankOutput:
+        return self._outputs[rank]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._outputs)
+
+    def __len__(self) -> int:
+        return len(self._outputs)
+
+    def folded(self) -> list[tuple[tuple[int, ...], str]]:
+        """(ranks, text) of each distinct output, in order of the first rank that gave it; ranks that gave nothing are left out."""
+        by_text: dict[str, list[int]] = {}
+        for rank, output in self._outputs.items():
+            text = "".join(part if part.endswith("\n") else part + "\n" for part in (output.stdout, output.stderr, output.result_text) if part)
+            by_text.setdefault(text, []).append(rank)
+        return [(tuple(ranks), text) for text, ranks in by_text.items() if text]
+
+    def __str__(self) -> str:
+        lines = []
+        for ranks, text in self.folded():
+            name = name_ranks(ranks)
+            lines += [f"[{name}] {line}" for line in text.rstrip("\n").split("\n")]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self) or f"<no output of {name_ranks(tuple(self._outputs))}>"
+
+    def _repr_html_(self) -> str:
+        blocks = [
+            f'<div style="margin:2px 0"><b>{name_ranks(ranks)}</b><pre style="margin:0 0 0 1em">{html.escape(text.rstrip())}</pre></div>'
+            for ranks, text in self.folded()
+        ]
+        return "".join(blocks) or f"<i>no output of {name_ranks(tuple(self._outputs))}</i>"
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """"rank 2", "ranks 0-3", "ranks 0, 2-3"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(texts)
+
+
+@dataclass(slots=True)
+class ActiveCell:
+    """A cell that runs; written by the conductor's thread, read by the caller when `finished` is set."""
+
+    number: int
+    members: tuple[int, ...]
+    world_size: int
+    task: Task
+    text: str
+    timeout_s: float | None
+    name: str
+    started_s: float = field(default_factory=time.monotonic)
+    done: dict[int, CellDone] = field(default_factory=dict)
+    values: dict[int, Packed | None] = field(default_factory=dict)
+    stdout: dict[int, str] = field(default_factory=dict)
+    stderr: dict[int, str] = field(default_factory=dict)
+    deaths: dict[int, RankError] = field(default_factory=dict)
+    stop_reason: StopReason | None = None
+    stopped_s: float = 0.0
+    diagnosis: Diagnosis | None = None
+    notes: list[str] = field(default_factory=list)
+    finished: threading.Event = field(default_factory=threading.Event)
+    on_output: Callable[[int, str, str], None] | None = None
+
+    @property
+    def pending(self) -> frozenset[int]:
+        return frozenset(r for r in self.members if r not in self.done and r not in self.deaths)
+
+    def result(self) -> CellResult:
+        return CellResult({rank: self._output(rank) for rank in self.members})
+
+    def _output(self, rank: int) -> RankOutput:
+        done = self.done.get(rank)
+        error = done.error if done else None
+        return RankOutput(
+            rank=rank,
+            stdout=self.stdout.get(rank, ""),
+            stderr=self.stderr.get(rank, ""),
+            result_text=done.result_text if done else "",
+            error=f"{error.kind}: {error.message}" if error else (str(self.deaths[rank]) if rank in self.deaths else None),
+            seconds=done.ended_s - done.started_s if done else 0.0,
+        )
+
+    def returned(self) -> list[Any]:
+        """The values of the members, in rank order."""
+        return [None if (packed := self.values.get(rank)) is None else unpack(packed) for rank in self.members]
+
+    def error(self) -> RankError | None:
+        """What to raise, by precedence: a rank failed, mismatch, deadlock, timeout, interrupt."""
+        raised = sorted(((d.error, r) for r, d in self.done.items() if d.outcome is Outcome.RAISED and d.error), key=lambda item: item[0].at_s)
+        own = [(e, r) for e, r in raised if not e.is_mismatch]
+        if self.deaths and (not own or self.stop_reason != "failure"):
+            return self._with(next(iter(self.deaths.values())))
+        if own:
+            return self._failed(*own[0], raised)
+        if raised:
+            error, rank = raised[0]
+            return self._make(CollectiveMismatch, f"{error.message}\n\n{error.traceback}", rank=rank, rank_traceback=error.traceback)
+        return self._stopped()
+
+    def _stopped(self) -> RankError | None:
+        sentence = self.diagnosis.sentence if self.diagnosis else ""
+        text = self.diagnosis.text if self.diagnosis else ""
+        if self.stop_reason == "deadlock":
+            head = f"{self.name} could never end: {sentence}"
+            needed = "every rank of a group must reach each of its collectives; all ranks were freed and keep their names"
+            return self._make(RankDeadlock, f"{head}\n{needed}\n\n{text}")
+        if self.stop_reason == "timeout":
+            head = f"{self.name} was stopped after {self.timeout_s:g} s (timeout_s)" + (f": {sentence}" if sentence else "")
+            return self._make(RankTimeout, f"{head}\nall ranks were freed and keep their names; give a larger timeout_s if it only needs longer\n\n{text}")
+        if self.stop_reason == "interrupt":
+            head = f"{self.name} was interrupted" + (f": {sentence}" if sentence else "")
+            return self._make(RankInterrupted, f"{head}\nall ranks were freed and keep their names\n\n{text}")
+        return None
+
+    def _failed(self, error: CellError, rank: int, raised: Sequence[tuple[CellError, int]]) -> RankError:
+        others = [f"  rank {r}: {e.kind}: {e.message.splitlines()[0] if e.message else ''}" for e, r in raised if r != rank]
+        freed = [r for r, d in self.done.items() if d.outcome is Outcome.FREED]
+        lines = [f"rank {rank} of {self.world_size} failed in {self.name}: {error.kind}: {error.message}", *others]
+        if freed:
+            lines.append(f"  {name_ranks(freed)} {'was' if len(freed) == 1 else 'were'} freed; names are kept")
+        text = "\n".join([*lines, *self.notes, "", error.traceback])
+        return self._make(RankFailed, text, rank=rank, rank_traceback=error.traceback)
+
+    def _with(self, error: RankError) -> RankError:
+        error.diagnosis = self.diagnosis
+        return error
+
+    def _make(self, kind: type[RankError], text: str, rank: int | None = None, rank_traceback: str = "") -> RankError:
+        if self.notes and kind is not RankFailed:
+            text += "\n" + "\n".join(self.notes)
+        return kind(text.rstrip(), rank=rank, world_size=self.world_size, rank_traceback=rank_traceback, diagnosis=self.diagnosis)
+
+
+class CellHandle:
+    """A cell that runs beside the driver."""
+
+    def __init__(self, cell: ActiveCell, stop: Callable[[ActiveCell], None]) -> None:
+        self._cell = cell
+        self._stop = stop
+
+    @property
+    def number(self) -> int:
+        return self._cell.number
+
+    def done(self) -> bool:
+        """Whether every rank has finished and the group stands."""
+        return self._cell.finished.is_set()
+
+    def result(self, timeout_s: float | None = None) -> Any:
+        """What `execute` or `run` would have returned.
+
+        Raises:
+            TimeoutError: the cell still runs after `timeout_s`; it goes on.
+            RankError: as `execute` and `run`.
+        """
+        if not self._cell.finished.wait(timeout_s):
+            raise TimeoutError(f"{self._cell.name} still runs after {timeout_s} s; cancel() stops it")
+        error = self._cell.error()
+        if error is not None:
+            raise error
+        return self._cell.result() if self._cell.task is Task.SOURCE else self._cell.returned()
+
+    def cancel(self) -> None:
+        """Stop the cell: every rank is freed within a second."""
+        if not self.done():
+            self._stop(self._cell)
+
+    def __repr__(self) -> str:
+        return f"<{self._cell.name}: {'done' if self.done() else 'running'}>"

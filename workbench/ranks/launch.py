@@ -1,0 +1,100 @@
+"""`launch`: from a number of ranks to a cluster."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from typing import Any
+
+from workbench.errors import LaunchError
+from workbench.ranks.cluster import Cluster
+from workbench.ranks.processes import LaunchOptions, Processes
+
+__all__ = ["launch"]
+
+_MOST_RANKS = 512
+_START_METHODS = ("forkserver", "spawn")
+
+
+def launch(
+    world_size: int,
+    *,
+    seed: int = 0,
+    collective_timeout_s: float = 1800,
+    check_collectives: bool = True,
+    start_method: str = "forkserver",
+) -> Cluster:
+    """Start gloo ranks, a process each, the world group made.
+
+    Args:
+        seed: rank r seeds random, numpy and torch with seed + r.
+        collective_timeout_s: gloo's own limit; a stop and the deadlock rule free ranks long before it.
+        check_collectives: collectives wait for all members, interruptibly, and compare what each is about to do. False is for timing.
+        start_method: "forkserver" forks from a warm process that has imported torch; "spawn" imports in each rank.
+
+    Raises:
+        TypeError, ValueError: bad arguments; nothing was started.
+        LaunchError: a rank did not come up.
+    """
+    _check(world_size, seed, collective_timeout_s, start_method)
+    _replace_the_old_one()
+    options = LaunchOptions(
+        world_size=world_size,
+        seed=seed,
+        collective_timeout_s=float(collective_timeout_s),
+        check_collectives=check_collectives,
+        start_method=start_method,
+    )
+    processes = Processes(options)
+    try:
+        processes.start_all()
+    except BaseException:
+        processes.close()
+        raise
+    return Cluster(processes)
+
+
+def _check(world_size: Any, seed: Any, collective_timeout_s: Any, start_method: str) -> None:
+    if isinstance(world_size, bool) or not isinstance(world_size, int):
+        raise TypeError(f"world_size is {world_size!r} ({type(world_size).__name__}); it must be an int of at least 1")
+    if not 1 <= world_size <= _MOST_RANKS:
+        raise ValueError(f"world_size is {world_size}; it must be between 1 and {_MOST_RANKS}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; it must be an int of at least 0")
+    if not collective_timeout_s > 0:
+        raise ValueError(f"collective_timeout_s is {collective_timeout_s!r}; it must be above 0")
+    if start_method not in _START_METHODS:
+        raise ValueError(f"start_method is {start_method!r}; it must be one of {_START_METHODS}")
+    if sys.platform != "linux":
+        raise LaunchError(f"ranks run on Linux x86-64 (and WSL2), not on {sys.platform}")
+
+
+def _replace_the_old_one() -> None:
+    """In a notebook, running the launch cell again closes the cluster bound to the name that the cell is about to bind, and says so."""
+    shell_of = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    shell = shell_of() if shell_of else None
+    if shell is None:
+        return
+    for name in _names_bound_by(_current_cell(shell)):
+        old = shell.user_ns.get(name)
+        if isinstance(old, Cluster) and not old.is_closed:
+            old.close()
+            print(f"replaced {name}: its {old.world_size} ranks were ended")
+
+
+def _current_cell(shell: Any) -> str:
+    parent = getattr(shell, "get_parent", dict)() or {}
+    code = parent.get("content", {}).get("code") if isinstance(parent, dict) else None
+    return str(code or "")
+
+
+def _names_bound_by(source: str) -> set[str]:
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.optional_vars] if isinstance(node, ast.withitem) else []
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names

@@ -1,0 +1,55 @@
+"""The collective ledger: what every rank's last collectives cost, as a table and as a trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.ranks.board import Board
+from workbench.ranks.messages import GroupFormed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["ledger_frame", "write_perfetto"]
+
+_COLUMNS = ("rank", "op", "group", "sequence", "num_bytes", "start_s", "wait_s", "duration_s", "cell", "line")
+
+
+def ledger_frame(board: Board, groups: Mapping[int, GroupFormed]) -> pd.DataFrame:
+    """A row a collective and rank.
+
+    Columns: num_bytes of this rank's tensors; start_s on the monotonic clock; wait_s until the last peer had arrived; duration_s in all.
+    """
+    import pandas as pd
+
+    from workbench.ranks.operations import OPERATIONS
+
+    names = [operation.name for operation in OPERATIONS.values()]
+    rows = []
+    for rank in range(board.world_size):
+        for op, key, sequence, size, start, arrived, end, where in board.ledger_rows(rank):
+            group = groups.get(key)
+            rows.append(
+                (rank, names[op], group.name if group else "(earlier generation)", sequence, size, start / 1e9, (arrived - start) / 1e9)
+                + ((end - start) / 1e9, where >> 20, where & 0xFFFFF)
+            )
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).sort_values(["start_s", "rank"], ignore_index=True)
+
+
+def write_perfetto(frame: pd.DataFrame, path: Path) -> Path:
+    """Chrome's trace-event JSON: a process a rank, a slice a collective, its wait inside it. Times in microseconds."""
+    events: list[dict[str, Any]] = []
+    for rank in sorted(set(frame["rank"])):
+        events.append({"ph": "M", "name": "process_name", "pid": int(rank), "args": {"name": f"rank {rank}"}})
+    first = float(frame.start_s.min()) if len(frame) else 0.0
+    for row in frame.itertuples():
+        common = {"ph": "X", "pid": int(row.rank), "tid": 0, "ts": (row.start_s - first) * 1e6}
+        args = {"group": row.group, "sequence": row.sequence, "bytes": row.num_bytes, "cell": row.cell, "line": row.line}
+        events.append({**common, "name": row.op, "dur": row.duration_s * 1e6, "args": args})
+        if row.wait_s > 0:
+            events.append({**common, "name": "wait", "dur": row.wait_s * 1e6})
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+    return path

@@ -1,0 +1,129 @@
+"""What driver and rank say to each other, as typed records.
+
+    driver -> rank   RunCell  Free  Look  Rebuild
+    rank -> driver   Ready  GroupFormed  CellDone  Seen  Rebuilt  Mark
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["CellDone", "CellError", "Free", "GroupFormed", "Look", "Mark", "Outcome", "Ready", "Rebuild", "Rebuilt", "RunCell", "Seen", "Task"]
+
+
+class Task(StrEnum):
+    """What a cell is made of."""
+
+    SOURCE = "source"  # text, run in the rank's namespace
+    CALL = "call"  # value: (function, args, kwargs)
+    PUSH = "push"  # value: names to bind
+    PULL = "pull"  # text: an expression
+
+
+class Outcome(StrEnum):
+    """How a rank's part of a cell ended."""
+
+    OK = "ok"
+    RAISED = "raised"
+    FREED = "freed"  # stopped by the driver: KeyboardInterrupt, or freed from a collective
+
+    @property
+    def is_ok(self) -> bool:
+        return self is Outcome.OK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCell:
+    """Run one cell; `cell` numbers it within the cluster, `members` are the ranks that take part."""
+
+    cell: int
+    task: Task
+    text: str = ""
+    members: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellError:
+    """An exception of a rank as text: it may be of a class that only the rank knows."""
+
+    kind: str
+    message: str
+    traceback: str
+    at_s: float
+    is_mismatch: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellDone:
+    """A rank finished its part; a value, if any, travels beside it."""
+
+    cell: int
+    outcome: Outcome
+    result_text: str = ""
+    error: CellError | None = None
+    started_s: float = 0.0
+    ended_s: float = 0.0
+    is_group_broken: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Free:
+    """Shut the gloo connections of this generation: a wait inside gloo then raises."""
+
+    cell: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Say what the main thread does; answered also while it computes or waits."""
+
+    ticket: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """Where a rank's main thread is: line and source of the user's code (0 and "" when idle), and its Python stack."""
+
+    ticket: int
+    line: int
+    source: str
+    stack: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebuild:
+    """Leave the process group and form the next generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebuilt:
+    generation: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """The rank's world group stands (generation 0), or why it does not."""
+
+    pid: int
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupFormed:
+    """A group whose collectives will show on the board under `key`."""
+
+    key: int
+    name: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A label for the memory timeline, put there by a rank."""
+
+    label: str
+    at_s: float

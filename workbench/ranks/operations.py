@@ -1,0 +1,120 @@
+"""The collectives of torch's c10d library: where each keeps its group, and what peers must agree on, as text.
+
+Source: the operator schemas registered by torch 2.13 (`torch.ops.c10d.*.default._schema`); trailing arguments at their default are not passed.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+
+__all__ = ["OPERATIONS", "Operation", "num_bytes", "remember_reduce_ops"]
+
+_last = threading.local()  # the options that this thread built last: the operator itself carries its reduce op in a form that cannot be read
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One c10d operator.
+
+    Attributes:
+        name: what users call it ("all_reduce").
+        group_at, async_at: positions of the process group and of `async_op` in its arguments (-1: it has none).
+        describe: arguments -> what must be equal on all members.
+        is_point_to_point: concerns two ranks, not all members.
+    """
+
+    name: str
+    group_at: int
+    async_at: int
+    describe: Callable[[tuple[Any, ...]], str]
+    is_point_to_point: bool = False
+
+    def is_async(self, args: tuple[Any, ...]) -> bool:
+        return self.async_at < 0 or len(args) <= self.async_at or bool(args[self.async_at])
+
+
+def num_bytes(args: tuple[Any, ...]) -> int:
+    """Bytes of the first tensors of a call: what this rank gives or gets."""
+    return sum(t.numel() * t.element_size() for t in _tensors(args[0]))
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _shapes(value: Any) -> str:
+    return " ".join(f"{str(t.dtype)[6:]}{list(t.shape)}" for t in _tensors(value))
+
+
+def _dtypes(value: Any) -> str:
+    return " ".join(sorted({str(t.dtype)[6:] for t in _tensors(value)}))
+
+
+def remember_reduce_ops() -> None:
+    """Have torch's Python functions leave their reduce op where `_reduce_op` finds it."""
+    for name in ("AllreduceOptions", "AllreduceCoalescedOptions", "ReduceOptions", "ReduceScatterOptions"):
+        setattr(c10d, name, _remembering(getattr(c10d, name)))
+
+
+def _remembering(make: Callable[[], Any]) -> Callable[[], Any]:
+    def options() -> Any:
+        _last.options = make()
+        return _last.options
+
+    return options
+
+
+def _reduce_op() -> str:
+    """"sum", "max", ...; "?" for a call from C++ (DDP), which is always compared as such."""
+    options, _last.options = getattr(_last, "options", None), None
+    if options is None:
+        return "?"
+    found = re.search(r"([A-Z_]+)", str(getattr(options.reduceOp, "op", options.reduceOp)).rpartition(".")[2])
+    return found.group(1).lower() if found else "?"
+
+
+def _all_reduce(args: tuple[Any, ...]) -> str:
+    return f"all_reduce({_shapes(args[0])}, op={_reduce_op()})"
+
+
+def _of_inputs(name: str) -> Callable[[tuple[Any, ...]], str]:
+    return lambda args: f"{name}({_shapes(args[1])})"
+
+
+def _rooted_inputs(name: str, at: int) -> Callable[[tuple[Any, ...]], str]:
+    return lambda args: f"{name}({_shapes(args[at])}, root={args[3]})"
+
+
+OPERATIONS: dict[str, Operation] = {
+    "allreduce_": Operation("all_reduce", 1, 4, _all_reduce),
+    "allreduce_coalesced_": Operation("all_reduce_coalesced", 1, 3, lambda a: f"all_reduce_coalesced({_shapes(a[0])}, op={_reduce_op()})"),
+    "broadcast_": Operation("broadcast", 1, 4, lambda a: f"broadcast({_shapes(a[0])}, root={a[2]})"),
+    "reduce_": Operation("reduce", 1, 5, lambda a: f"reduce({_shapes(a[0])}, op={_reduce_op()}, root={a[3]})"),
+    "allgather_": Operation("all_gather", 2, 3, _of_inputs("all_gather")),
+    "_allgather_base_": Operation("all_gather_into_tensor", 2, 3, _of_inputs("all_gather_into_tensor")),
+    "allgather_coalesced_": Operation("all_gather_coalesced", 2, 3, _of_inputs("all_gather_coalesced")),
+    "allgather_into_tensor_coalesced_": Operation("all_gather_into_tensor_coalesced", 2, 3, _of_inputs("all_gather_into_tensor_coalesced")),
+    "gather_": Operation("gather", 2, 4, _rooted_inputs("gather", 1)),
+    "scatter_": Operation("scatter", 2, 4, _rooted_inputs("scatter", 0)),
+    "reduce_scatter_": Operation("reduce_scatter", 2, 4, lambda a: f"reduce_scatter({_shapes(a[0])}, op={_reduce_op()})"),
+    "_reduce_scatter_base_": Operation("reduce_scatter_tensor", 2, 4, lambda a: f"reduce_scatter_tensor({_shapes(a[0])}, op={_reduce_op()})"),
+    "reduce_scatter_tensor_coalesced_": Operation(
+        "reduce_scatter_tensor_coalesced", 2, 4, lambda a: f"reduce_scatter_tensor_coalesced({_shapes(a[0])}, op={_reduce_op()})"
+    ),
+    "alltoall_": Operation("all_to_all", 2, 3, lambda a: f"all_to_all({_dtypes(a[1])})"),
+    "alltoall_base_": Operation("all_to_all_single", 2, 5, lambda a: f"all_to_all_single({_dtypes(a[1])})"),
+    "barrier": Operation("barrier", 1, 3, lambda a: "barrier()"),
+    "send": Operation("send", 1, -1, lambda a: f"send({_shapes(a[0])})", is_point_to_point=True),
+    "recv_": Operation("recv", 1, -1, lambda a: f"recv({_shapes(a[0])})", is_point_to_point=True),
+}

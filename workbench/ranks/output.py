@@ -1,0 +1,59 @@
+"""What a rank writes: Python's and native output alike, read from its descriptors 1 and 2 and kept for the cell in which it was written.
+
+A rank flushes before it says that its cell is done, so what is in the pipe at that moment belongs to the cell. Knows pipes. Does not know ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+__all__ = ["OutputPipe"]
+
+_PIECE = 1 << 16
+
+
+class OutputPipe:
+    """One stream of one rank; the driver holds the reading end, so a rank that is stuck is still heard."""
+
+    def __init__(self) -> None:
+        self.reading, self.writing = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self.reading, False)
+        self._pieces: list[bytes] = []
+        self.tail = b""
+
+    def hand_over(self) -> None:
+        """Close our copy of the writing end, once the rank has its own."""
+        if self.writing >= 0:
+            os.close(self.writing)
+            self.writing = -1
+
+    def drain(self, on_text: Callable[[bytes], None] | None = None) -> bool:
+        """Read all that is there; False at end of file."""
+        while True:
+            try:
+                piece = os.read(self.reading, _PIECE)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not piece:
+                return False
+            self._pieces.append(piece)
+            self.tail = (self.tail + piece)[-4096:]
+            if on_text is not None:
+                on_text(piece)
+
+    def take(self) -> str:
+        """The text since the last call."""
+        data, self._pieces = b"".join(self._pieces), []
+        return data.decode(errors="replace")
+
+    def last_lines(self, count: int = 5) -> str:
+        return "\n".join(self.tail.decode(errors="replace").splitlines()[-count:])
+
+    def close(self) -> None:
+        self.hand_over()
+        if self.reading >= 0:
+            os.close(self.reading)
+            self.reading = -1

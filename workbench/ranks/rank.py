@@ -1,0 +1,258 @@
+"""A rank's process: joins the world, then runs cells one after another until the driver goes.
+
+    main thread      queue -> cell -> result to the driver           (user code; signals reach it)
+    control thread   channel -> queue, or at once: Free, Look         (also while the main thread computes or waits)
+
+Knows its own process. Does not know other ranks but through torch and the board.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from queue import SimpleQueue
+from types import FrameType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from workbench.plan.layout import Layout
+from workbench.ranks import cell as cells
+from workbench.ranks.board import Board
+from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
+from workbench.ranks.config import RankConfig
+from workbench.ranks.current import Current, set_current
+from workbench.ranks.group import Group
+from workbench.ranks.intercept import Freed, Interceptor, KnownGroup
+from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
+
+__all__ = ["Rank", "main"]
+
+_libc = ctypes.CDLL(None)
+_DEEPEST_STACK = 12
+
+
+class Rank:
+    """One rank: its namespace, its group, its channel."""
+
+    def __init__(self, config: RankConfig, channel: socket.socket, board: Board) -> None:
+        self.config = config
+        self.board = board
+        self.writer = ChannelWriter(channel)
+        self.reader = ChannelReader(channel)
+        self.module = ModuleType("__main__")
+        self.is_running = False
+        self._waiting: SimpleQueue[tuple[Any, Packed | None]] = SimpleQueue()
+        self._store: dist.TCPStore | None = None
+        self.interceptor = Interceptor(rank=config.rank, board=board, is_checked=config.is_checked, announce=self._announce)
+
+    # -- start --------------------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Join the world and say so."""
+        faulthandler.enable()
+        signal.signal(signal.SIGINT, self._on_interrupt)
+        torch.set_num_threads(self.config.num_threads)
+        seed_all(self.config.seed + self.config.rank)
+        self.interceptor.install()
+        threading.Thread(target=self._control, name="workbench-control", daemon=True).start()
+        self.board.reset(self.config.rank)
+        self.interceptor.begin_generation(self.config.generation)
+        self._join(self.config.generation)
+        group = Group.from_process_group(_world(), name="world")
+        here = Current(rank=self.config.rank, world_size=self.config.world_size, group=group, layout=Layout(world_size=self.config.world_size))
+        here.generation, here.process = self.config.generation, self
+        set_current(here)
+        self.here = here
+        self._fill_namespace()
+        self.writer.send(Ready(pid=os.getpid()))
+
+    def _join(self, generation: int) -> None:
+        c = self.config
+        limit = timedelta(seconds=c.timeout_s)
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", c.store_port, is_master=False, wait_for_workers=False, timeout=limit)
+        store = dist.PrefixStore(f"{c.store_prefix}/{generation}", self._store)
+        dist.init_process_group("gloo", store=store, rank=c.rank, world_size=c.world_size, timeout=limit)
+
+    def _fill_namespace(self) -> None:
+        import workbench
+
+        sys.modules["__main__"] = self.module
+        names: dict[str, Any] = {"rank": self.config.rank, "world_size": self.config.world_size, "group": self.here.group, "groups": self.here.groups}
+        self.module.__dict__.update(names | {"torch": torch, "dist": dist, "wb": workbench})
+
+    def _announce(self, group: KnownGroup) -> None:
+        self.writer.send(GroupFormed(key=group.key, name=group.name, ranks=group.ranks))
+
+    def mark(self, label: str) -> None:
+        self.writer.send(Mark(label=label, at_s=time.monotonic()))
+
+    # -- control thread -----------------------------------------------------------------------------------------------------------------
+
+    def _control(self) -> None:
+        with contextlib.suppress(Exception):
+            for message, value in receive(self.reader):
+                if isinstance(message, Free):
+                    self.interceptor.shut()
+                elif isinstance(message, Look):
+                    self.writer.send(self._look(message))
+                else:
+                    self._waiting.put((message, value))
+        os._exit(0)  # the driver is gone, or the channel broke: nothing is left to do, and nobody to tell
+
+    def _look(self, message: Look) -> Seen:
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = traceback.extract_stack(frame)[-_DEEPEST_STACK:] if frame is not None else []
+        cell_file = cells.file_of(self.board.cell(self.config.rank))
+        mine = [f for f in stack if f.filename == cell_file] or [f for f in stack if "/workbench/ranks/" not in f.filename]
+        place = mine[-1] if mine and self.is_running else None
+        return Seen(
+            ticket=message.ticket,
+            line=(place.lineno or 0) if place else 0,
+            source=(place.line or "") if place else "",
+            stack="".join(traceback.format_list(stack)) if self.is_running else "",
+        )
+
+    # -- main thread --------------------------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Run what the driver sends, for ever."""
+        while True:
+            try:
+                message, value = self._waiting.get()
+                if isinstance(message, Rebuild):
+                    self._rebuild(message.generation)
+                elif isinstance(message, RunCell):
+                    self._run(message, value)
+            except KeyboardInterrupt:
+                continue  # a late stop of a cell that had ended
+
+    def _run(self, message: RunCell, value: Packed | None) -> None:
+        started = time.monotonic()
+        outcome, text, result, error = Outcome.OK, "", None, None
+        self.board.enter_cell(self.config.rank, message.cell)
+        try:
+            self.is_running = True
+            text, result = self._work(message, value)
+            self.is_running = False
+        except BaseException as raised:
+            self.is_running = False
+            outcome, error = self._judge(raised), cells.tell(raised)
+        self.interceptor.is_interrupt_pending = False
+        _flush()
+        self.board.enter_cell(self.config.rank, 0)
+        done = CellDone(
+            cell=message.cell,
+            outcome=outcome,
+            result_text=text,
+            error=error,
+            started_s=started,
+            ended_s=time.monotonic(),
+            is_group_broken=self.interceptor.was_shut,
+        )
+        self.writer.send(done, result)
+
+    def _work(self, message: RunCell, value: Packed | None) -> tuple[str, Packed | None]:
+        names = self.module.__dict__
+        if message.task is Task.SOURCE:
+            return cells.run_source(message.text, self.module, message.cell), None
+        if message.task is Task.PUSH:
+            assert value is not None
+            names.update(unpack(value))
+            return "", None
+        if message.task is Task.PULL:
+            return "", pack(_look_up(message.text, names))
+        assert value is not None
+        function, args, kwargs = unpack(value)
+        result = function(*args, **kwargs)
+        try:
+            return "", pack(result)
+        except Exception as error:
+            raise TypeError(
+                f"the result of {getattr(function, '__name__', 'the function')} cannot travel to the driver: "
+                f"a {type(result).__name__} cannot be pickled ({error}); return numbers, arrays, tensors or lists of them"
+            ) from error
+
+    def _judge(self, error: BaseException) -> Outcome:
+        """A failure of this rank's own, or the consequence of being stopped?"""
+        if isinstance(error, (KeyboardInterrupt, Freed)):
+            return Outcome.FREED
+        if self.interceptor.was_shut and isinstance(error, RuntimeError):
+            return Outcome.FREED
+        return Outcome.RAISED
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self.interceptor.is_busy:
+            self.interceptor.is_interrupt_pending = True
+        elif self.is_running:
+            raise KeyboardInterrupt
+
+    def _rebuild(self, generation: int) -> None:
+        error = ""
+        try:
+            dist.destroy_process_group()
+            self.interceptor.begin_generation(generation)
+            self._join(generation)
+            self.here.generation = generation
+            self.here.group.rebind(_world())
+            self._follow()
+        except Exception:
+            error = traceback.format_exc()
+        self.writer.send(Rebuilt(generation=generation, error=error))
+
+    def _follow(self) -> None:
+        """Form the layout's groups again behind the handles that the user holds."""
+        if self.here.groups:
+            from workbench.ranks.forming import form_groups
+
+            for axis, formed in form_groups(self.here.layout).items():
+                self.here.groups[axis].rebind(formed.process_group if formed.is_member else None)
+
+
+def _world() -> Any:
+    return dist.group.WORLD
+
+
+def _look_up(expression: str, names: dict[str, Any]) -> Any:
+    try:
+        return eval(expression, names)
+    except NameError as error:
+        raise NameError(f"{error} on this rank; an earlier cell must bind it there") from None
+
+
+def seed_all(seed: int) -> None:
+    """Seed random, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    _libc.fflush(None)
+
+
+def main(config: RankConfig, fds: list[int]) -> None:
+    """Entry of the process; descriptors: channel, board."""
+    rank = Rank(config, socket.socket(fileno=fds[0]), Board(fds[1], config.world_size))
+    try:
+        rank.start()
+    except BaseException:
+        rank.writer.send(Ready(pid=os.getpid(), error=traceback.format_exc()))
+        return
+    rank.serve()
