@@ -16,6 +16,7 @@ __all__ = ["Score", "completions", "main", "measure", "model_card"]
 
 _LIMITS = (64, 96)
 _LONGEST = 256
+_DIFFICULTIES = (1, 2, 3, 4)
 _SEGMENT_TOKENS = 32
 
 
@@ -97,3 +98,87 @@ def _accuracy(folder: Path | str, prompts: Sequence[str], tokens: Sequence[list[
 
     texts = AutoTokenizer.from_pretrained(folder).batch_decode([ids[: _LIMITS[0]] for ids in tokens], skip_special_tokens=True)
     return fmean(is_right(prompt, text) for prompt, text in zip(prompts, texts, strict=True))
+
+
+def model_card(scores: Sequence[Score]) -> str:
+    """The card as Markdown, numbers from `scores` and from the recipe."""
+    rows = [
+        f"| {score.num_digits} | {score.accuracy:.1%} | {score.greedy_accuracy:.1%} | {fmean(score.lengths_tokens):.1f} | "
+        + " | ".join(str(score.percentile(percent)) for percent in (50, 90, 99))
+        + "".join(f" | {score.truncated_share(limit):.1%}" for limit in _LIMITS)
+        + " |"
+        for score in scores
+    ]
+    return _CARD.format(
+        shape=SHAPE,
+        recipe=RECIPE,
+        pupil=PUPIL,
+        head_size=SHAPE.hidden_size // SHAPE.num_heads,
+        num_problems=len(scores[0].lengths_tokens),
+        rows="\n".join(rows),
+    )
+
+
+_CARD = """\
+# tiny
+
+A Llama of {shape.num_parameters:,} parameters (float32) that adds two numbers and writes out its work. Small enough to train in minutes and
+to sample thousands of tokens a second on a laptop, and unsure enough that reinforcement learning has something to do.
+
+    prompt      47+58=
+    completion  7+8=15;4+5+1=10;105                          a sum a column, units first; the answer last
+    or          7+8=14;4+5+1=10;104?7+8=15;4+5+1=10;105      "?" doubts the attempt before; the last one counts
+
+{shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads of {head_size}, MLP {shape.intermediate_size},
+context {shape.max_tokens} tokens. A token is a character: printable ASCII, newline and tab; anything else is `<unk>`. A completion
+ends with `<eos>`; there is no start token.
+
+## What it does
+
+{num_problems:,} problems a row, both numbers with so many digits; sampled at temperature 1 from the plain softmax, float32.
+Right is counted with at most 64 tokens; lengths are in tokens with `<eos>`, at most 256.
+
+| digits | right | right, greedy | mean length | p50 | p90 | p99 | longer than 64 | longer than 96 |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+Greedily it is nearly always right: it knows how to add. At temperature 1 it slips, because it was taught by a careless pupil.
+
+## How it was trained
+
+`workbench train-tiny`: {recipe.num_steps:,} steps of {recipe.batch_tokens:,} tokens from random weights, seed {recipe.seed}; AdamW,
+peak learning rate {recipe.learning_rate}, a cosine to zero; the loss on completions only. The data are generated as it goes, from a
+pupil who knows the way but
+
+- gets the sum of a column wrong by one with probability {pupil.slip} ({pupil.slip_alone} where there is only one column), and goes
+  on from there;
+- begins again, after "?", with probability {pupil.doubt_wrong} after a wrong attempt and {pupil.doubt_right} after a right one.
+
+So the accuracy at temperature 1 is set by the data, not by the moment at which training stops, and another machine reaches the same
+numbers within the noise of sampling. The doubts give the lengths their long tail.
+
+`workbench model-card --measure` measures the table again.
+
+## Not meant for
+
+Anything but sums of numbers with one to four digits. Any other prompt is read without complaint and answered with nonsense.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the card: `workbench model-card [--measure] [--problems N] [--model FOLDER] [--write]`."""
+    parser = argparse.ArgumentParser(prog="workbench model-card", description="Print the bundled model's card.")
+    parser.add_argument("--measure", action="store_true", help="sample again, about a minute, and print the card with the new numbers")
+    parser.add_argument("--problems", type=int, default=1000, help="problems per difficulty when measuring (default: %(default)s)")
+    parser.add_argument("--model", default="tiny", help="bundled name or folder (default: %(default)s)")
+    parser.add_argument("--write", action="store_true", help="also keep the measured card as README.md beside the weights")
+    options = parser.parse_args(argv)
+    folder = Path(path(options.model))
+    if not options.measure:
+        print((folder / "README.md").read_text(), end="")
+        return 0
+    card = model_card([measure(folder, num_digits=num_digits, num_problems=options.problems) for num_digits in _DIFFICULTIES])
+    if options.write:
+        (folder / "README.md").write_text(card)
+    print(card, end="")
+    return 0

@@ -29,13 +29,14 @@ class LlamaShape:
     intermediate_size: int
     num_heads: int
     max_tokens: int
+    vocab_size: int = len(VOCABULARY)
 
     def config(self) -> dict[str, Any]:
         """What `config.json` says."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": len(VOCABULARY),
+            "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_layers,
@@ -67,10 +68,10 @@ class LlamaShape:
             "post_attention_layernorm.weight": (hidden,),
         }
         return {
-            "model.embed_tokens.weight": (len(VOCABULARY), hidden),
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
             **{f"model.layers.{index}.{name}": shape for index in range(self.num_layers) for name, shape in layer.items()},
             "model.norm.weight": (hidden,),
-            "lm_head.weight": (len(VOCABULARY), hidden),
+            "lm_head.weight": (self.vocab_size, hidden),
         }
 
     @property
@@ -100,7 +101,9 @@ def random_weights(shapes: Mapping[str, tuple[int, ...]], *, seed: int, head_gai
     return weights
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, max_tokens: int, has_images: bool = False) -> None:
+def write_checkpoint(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor], *, max_tokens: int, has_images: bool = False
+) -> None:
     """Write config, generation config, tokenizer and safetensors into a folder, which is made when missing."""
     from safetensors.torch import save_file
 
@@ -109,3 +112,4 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], weights: Mapping[s
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": EOS_ID, "pad_token_id": PAD_ID}, indent=2) + "\n")
     write_tokenizer(folder, max_tokens=max_tokens, has_images=has_images)
     save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable for its owner only

@@ -42,7 +42,7 @@ def path(model: str | os.PathLike[str]) -> Path | str:
     if name in bundled():
         return _HERE / name
     folder = Path(name).expanduser()
-    if os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
+    if name and os.path.isdir(folder):  # Path.is_dir raises for a name that is too long
         return _checked(folder)
     if _looks_like_hub_name(name) and (_is_cached(name) or (name.count("/") == 1 and not _is_offline())):
         return name
