@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 
 import leaks
@@ -14,10 +13,6 @@ FOLDER = leaks.own_temporary_folder()  # before any test module is imported: chi
 os.environ["WORKBENCH_HOME"] = os.path.join(FOLDER, "home")
 os.mkdir(os.environ["WORKBENCH_HOME"])
 leaks.adopt_orphans()
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

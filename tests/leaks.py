@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import psutil
@@ -41,10 +44,11 @@ def adopt_orphans() -> None:
 
 
 def own_temporary_folder() -> str:
-    """Make a folder and let `tempfile` of this process and of its children use it; its path, short enough for sockets in it."""
+    """Make a folder for `tempfile` of this process and its children, removed at the end; its path, short enough for sockets in it."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
     folder = tempfile.mkdtemp(prefix="wbt-")
     os.environ["TMPDIR"] = tempfile.tempdir = folder
+    Finalize(None, shutil.rmtree, args=(folder, True), exitpriority=-200)  # after multiprocessing's own, which needs it and has -100
     return folder
 
 
@@ -55,6 +59,7 @@ def left_since(before: Belongings, *, wait_s: float = 5.0) -> list[str]:
         left = _new_processes(before) + _new_shared_memory(before) + _new_temporary(before)
         if not left or time.monotonic() > deadline:
             return left
+        gc.collect()  # an exception that the test caught may hold frames, and they a queue or a file
         time.sleep(0.1)
 
 
