@@ -1,0 +1,644 @@
+"""vLLM in this process as an `Engine`: real sleep on CPUs too, weights replaced in place, one seed a sample.
+
+The only module that imports vllm, beside the worker class that vLLM itself loads by name (`vllm_worker`). Nothing is imported before
+an engine is made. Knows vLLM. Does not know ranks, prompts' origins beyond their numbers, or other processes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from workbench import models
+from workbench.errors import EngineError
+from workbench.records import EngineMemory, EngineStatus, FinishReason, Prompt, RolloutBatch, Sampling
+from workbench.rollout.batch import Completion, empty_batch, pack_completions
+from workbench.rollout.checkpoint import Checkpoint
+from workbench.rollout.engine import Origin, PhaseTimes
+from workbench.rollout.guard import last_lines, log_to, output_to, process_state_kept
+from workbench.rollout.own_world import OwnWorld
+from workbench.rollout.requests import Request, expand, prompt_hash, sample_seed
+from workbench.rollout.sleep import TAGS, default_backup_dir, tidy
+
+__all__ = ["VLLM_VERSIONS", "VLLMEngine", "default_kv_cache_bytes", "reload_checkpoint"]
+
+VLLM_VERSIONS = {"cpu": "0.32", "cuda": "0.24"}  # versions that were run, by device; `_device_options` is all that differs
+_FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
+_OURS = {  # options that are parameters here, or that sleep rests on
+    "model": "model", "tensor_parallel_size": "tp", "dtype": "dtype", "kv_cache_memory_bytes": "kv_cache_bytes", "seed": "seed",
+    "max_model_len": "max_model_len", "worker_cls": "", "distributed_executor_backend": "", "enable_sleep_mode": "", "pipeline_parallel_size": "",
+    "data_parallel_size": "", "additional_config": "",
+}  # fmt: skip
+_QUIET = {"VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1"}
+_live: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()  # vLLM's groups are globals of the process; the last engine takes them down
+
+
+def default_kv_cache_bytes(num_engines: int = 1, *, device: str = "cpu") -> int:
+    """KV cache of one engine when nobody says: min(1 GiB, 10 % of what is free) / engines, bytes."""
+    return int(min(2**30, 0.1 * _free_bytes(device)) / num_engines)
+
+
+def _free_bytes(device: str) -> int:
+    return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
+
+
+class VLLMEngine:
+    """One vLLM in this process.
+
+    With tp > 1 every member of `process_group` makes one at the same time, holds its share of the weights, and must then make the same
+    calls in the same order: each generates the same completions of the same prompts.
+
+    Args:
+        model: "tiny", a folder or a hub name.
+        tp: members of the tensor-parallel group.
+        process_group: a torch ProcessGroup or a `Group` of tp ranks; None takes the whole world when tp > 1.
+        dtype: None is float32 on a CPU, so that engines agree to the token, and the model's own on a GPU.
+        kv_cache_bytes: of this process; None takes `default_kv_cache_bytes` for one engine a rank.
+        max_model_len: prompt and completion together, tokens; None is the model's own limit.
+        seed: vLLM's own seed. Samples never depend on it: each has its own, drawn afresh when `Sampling.seed` is None.
+        log_path: where vLLM's log goes; None keeps it in a private folder until `close`.
+        backup_dir: a folder on a disk for the weights at sleep level 1; None takes a temporary folder that is no tmpfs.
+        engine_options: anything else that vLLM's engine takes.
+        device: "auto", "cpu" or "cuda"; a vLLM build knows one of the two.
+
+    Raises:
+        EngineError: the model, an option or the memory does not fit (told before vLLM starts), or vLLM did not start (its log is named).
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = "tiny",
+        *,
+        tp: int = 1,
+        process_group: Any = None,
+        dtype: str | None = None,
+        kv_cache_bytes: int | None = None,
+        max_model_len: int | None = None,
+        seed: int = 0,
+        log_path: str | os.PathLike[str] | None = None,
+        backup_dir: str | os.PathLike[str] | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        device: str = "auto",
+    ) -> None:
+        self._llm: Any = None
+        self._asleep: frozenset[str] = frozenset()
+        self._level: int | None = None  # of the sleep that lasts; 0 is a pause
+        self._version = 0
+        self._death = ""
+        self._num_calls = 0
+        self._tp = tp
+        self._model = str(models.path(model))
+        group = _group_of(process_group, tp)
+        self._folder = Path(tempfile.mkdtemp(prefix="workbench-engine-", dir=backup_dir or default_backup_dir()))
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, True)
+        self._log_path = Path(log_path) if log_path is not None else self._folder / "vllm.log"
+        try:
+            with output_to(self._log_path), process_state_kept(_QUIET):
+                self._device = _device(device)
+                self._log = log_to("vllm", self._log_path)
+            _check_options(engine_options or {})
+            self._checkpoint = Checkpoint.read(self._model)
+            dtype = dtype or ("float32" if self._device == "cpu" else "auto")
+            kv_bytes = _check_memory(self._checkpoint, kv_cache_bytes, dtype, tp, self._device)
+            options = {
+                "model": self._model,
+                "tensor_parallel_size": tp,
+                "dtype": dtype,
+                "kv_cache_memory_bytes": kv_bytes,
+                "max_model_len": max_model_len,
+                "seed": seed,
+                "enforce_eager": True,
+                "use_tqdm_on_load": False,
+                **_device_options(self._device, tp, self._folder),
+                **(engine_options or {}),
+            }
+            self._start(options, group)
+        except BaseException:
+            self.close()
+            raise
+        _live.add(self)
+
+    def _start(self, options: dict[str, Any], group: Any) -> None:
+        if any(engine._tp > 1 or self._tp > 1 for engine in _live):
+            raise EngineError("this process already has an engine, and one of the two is tensor parallel\nclose the other one first")
+        with ExitStack() as stack:
+            # output_to is outermost: the random states and threads are back before anything is printed again
+            stack.enter_context(output_to(self._log_path))
+            self._world = OwnWorld(group, backend="gloo" if self._device == "cpu" else "cpu:gloo,cuda:nccl")
+            stack.enter_context(process_state_kept(_environment(self._world)))
+            stack.enter_context(self._world.entered())
+            try:
+                from vllm import LLM
+
+                self._llm = LLM(**options)
+                _forget_exit_hook(self._llm.llm_engine.engine_core)
+                self._rpc(_prepare_sleep)
+            except Exception as error:
+                raise EngineError(
+                    f"vLLM did not start with model {self._model!r}: {type(error).__name__}: {error}\n"
+                    f"its log is {self._log_path}; it ends with\n{last_lines(self._log_path)}"
+                ) from error
+        self._tokenizer = self._llm.get_tokenizer()
+        self._max_model_len = int(self._llm.llm_engine.model_config.max_model_len)
+        self._bytes = dict(zip(TAGS, self._rpc(_held_bytes), strict=True))
+        self._entropy = self._world.seed
+        tidy()
+
+    def __repr__(self) -> str:
+        share = f", tp={self._tp}" if self._tp > 1 else ""
+        return f"<VLLMEngine {self._model}{share} on {getattr(self, '_device', '?')}: {self.status}, weights version {self._version}>"
+
+    @property
+    def status(self) -> EngineStatus:
+        if self._llm is None or self._death:
+            return EngineStatus.DEAD
+        if self._level is None:
+            return EngineStatus.AWAKE
+        return EngineStatus.WEIGHTS_ONLY if self._asleep == {"kv_cache"} else EngineStatus.ASLEEP
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self._level is not None
+
+    @property
+    def weight_version(self) -> int:
+        return self._version
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        num_samples: Sequence[int] | None = None,
+        origins: Sequence[Origin] | None = None,
+        step: int = 0,
+    ) -> RolloutBatch:
+        """See `Engine.generate`."""
+        self._check_awake("generate")
+        try:
+            requests = expand(prompts, sampling, num_samples=num_samples, origins=origins, step=step)
+        except ValueError as error:
+            raise EngineError(str(error)) from error
+        if not prompts:
+            return empty_batch(with_logprobs=sampling.logprobs)
+        inputs = self._read_prompts(prompts, origins)
+        outputs = self._run([inputs[r.prompt_index] for r in requests], self._params(requests, sampling))
+        lengths = [len(i.get("prompt_token_ids", ())) for i in inputs]
+        for request, output in zip(requests, outputs, strict=True):
+            lengths[request.prompt_index] = len(output.prompt_token_ids)
+        return pack_completions(
+            prompts,
+            requests,
+            [_completion(*pair, inputs, sampling.logprobs) for pair in zip(requests, outputs, strict=True)],
+            num_prompt_tokens=lengths,
+            weight_version=self._version,
+            with_logprobs=sampling.logprobs,
+        )
+
+    def _check_awake(self, verb: str) -> None:
+        self._check_alive()
+        if self._level is not None:
+            raise EngineError(f"{verb}: the engine is {self._asleep_text()}\ncall wake_up() first, or it would wait for ever")
+
+    def _check_alive(self) -> None:
+        if self.status is EngineStatus.DEAD:
+            raise EngineError(f"the engine is dead: {self._death or 'it was closed'}\nstart another")
+
+    def _asleep_text(self) -> str:
+        what = f"; {' and '.join(sorted(self._asleep))} sleep" if self._asleep else ""
+        return f"asleep (sleep level {self._level}{what})"
+
+    def _read_prompts(self, prompts: Sequence[Prompt], origins: Sequence[Origin] | None) -> list[dict[str, Any]]:
+        """What vLLM is given for each prompt: its token ids, so that lengths are checked first and what comes back can be compared."""
+        texts = [p for p in prompts if isinstance(p, str)]
+        ids = iter(self._tokenizer(texts, verbose=False).input_ids if texts else [])
+        inputs: list[dict[str, Any]] = []
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, dict):
+                inputs.append(self._read_dict(prompt))
+            else:
+                inputs.append({"prompt_token_ids": next(ids) if isinstance(prompt, str) else [int(t) for t in prompt]})
+            origin = origins[index] if origins is not None else Origin(rank=0, index=index)
+            self._check_length(inputs[-1], origin)
+        return inputs
+
+    def _read_dict(self, prompt: dict[str, Any]) -> dict[str, Any]:
+        if "messages" in prompt:
+            try:
+                read = self._tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=True, tokenize=True, return_dict=True)
+            except ValueError as error:
+                raise EngineError(f"chat messages need a chat template, and {self._model} has none: {error}\npass text instead") from error
+            return {"prompt_token_ids": read["input_ids"]}
+        if images := list(prompt.get("images") or ()):
+            return {"prompt": prompt["prompt"], "multi_modal_data": {"image": images}}
+        return {"prompt_token_ids": self._tokenizer(prompt["prompt"], verbose=False).input_ids}
+
+    def _check_length(self, given: dict[str, Any], origin: Origin) -> None:
+        if "prompt_token_ids" not in given:
+            return  # images are counted by vLLM
+        length = len(given["prompt_token_ids"])
+        if not 0 < length < self._max_model_len:
+            raise EngineError(
+                f"prompt {origin.index} of rank {origin.rank} has {length} tokens\n"
+                f"the model reads 1 to {self._max_model_len - 1} ({self._max_model_len} with at least one token of the completion)\n"
+                "pass another prompt, or start the engine with another max_model_len"
+            )
+
+    def _params(self, requests: Sequence[Request], sampling: Sampling) -> list[Any]:
+        from vllm import SamplingParams
+
+        options = {
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "min_tokens": sampling.min_tokens,
+            "stop": list(sampling.stop),
+            "ignore_eos": sampling.ignore_eos,
+            "logprobs": 0 if sampling.logprobs else None,  # 0: the sampled token alone
+            "flat_logprobs": sampling.logprobs,
+        }
+        if sampling.temperature == 0.0:
+            return [SamplingParams(**options)] * len(requests)
+        self._num_calls += 1
+        return [SamplingParams(**options, seed=self._seed(request)) for request in requests]
+
+    def _seed(self, request: Request) -> int | None:
+        """A sample's own seed; without one, a fresh one that all members of a group agree on and the process's generators never see."""
+        if request.seed is not None:
+            return request.seed
+        return sample_seed(
+            self._entropy, self._num_calls, Origin(rank=request.origin.rank, index=request.prompt_index), request.sample_index
+        )
+
+    def _run(self, inputs: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+        if not inputs:
+            return []
+        try:
+            with self._entered():
+                return list(self._llm.generate(inputs, params, use_tqdm=False))
+        except BaseException as error:
+            self._abort_rest(error)
+            if isinstance(error, Exception):
+                raise EngineError(f"vLLM failed in generate: {type(error).__name__}: {error}\nits log is {self._log_path}") from error
+            raise
+
+    def _abort_rest(self, error: BaseException) -> None:
+        """Requests left behind would make the next generate wait for ever; a group's members are no longer in step at all."""
+        if self._tp > 1:
+            self._death = f"generate ended in {type(error).__name__} on this member, so its group is out of step"
+            return
+        engine = self._llm.llm_engine
+        try:
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        except Exception as second:
+            self._death = f"requests could not be aborted after {type(error).__name__}: {second}"
+
+    def _entered(self) -> Any:
+        """vLLM's collectives look their groups up in the default world; alone it makes none."""
+        return self._world.entered() if self._tp > 1 else nullcontext()
+
+    def sleep(self, level: int = 1) -> PhaseTimes:
+        """Give memory back: level 0 pauses only, 1 keeps the weights in a private file (on a GPU in host memory), 2 discards them.
+
+        At level 2 the checkpoint is read again on wake. After `update_weights` nobody else holds the weights, so level 2 then keeps them
+        as level 1 does, at its cost.
+
+        Raises:
+            EngineError: the level is none of 0, 1, 2, the backup has no room, or the engine is dead.
+        """
+        self._check_alive()
+        if level not in (0, 1, 2):
+            raise EngineError(f"sleep level {level!r} is none of 0 (pause), 1 (weights kept) and 2 (weights discarded)")
+        if self._level is not None and (level == 0 or "weights" in self._asleep):
+            return _no_op(self._level, f"already asleep at level {self._level}; wake_up() first to sleep at another")
+        effective = 1 if level == 2 and self._version > 0 else level
+        awake = [tag for tag in TAGS if tag not in self._asleep]
+        times = self._timed(lambda: self._llm.sleep(level=effective), level, awake if level else [], tidy_first=False)
+        self._level, self._asleep = level, frozenset(TAGS if level else ())
+        self._kept_on_host = effective == 1
+        return times
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
+        """Bring back "weights", "kv_cache" or, with None, all; the note says what was awake already.
+
+        Raises:
+            EngineError: an unknown tag, or the engine is dead.
+        """
+        self._check_alive()
+        if unknown := set(tags or ()) - set(TAGS):
+            raise EngineError(f"wake_up has no tag {sorted(unknown)[0]!r}\ntags are 'weights' and 'kv_cache'; None wakes both")
+        if self._level is None:
+            return _no_op(0, "already awake")
+        wanted = [tag for tag in TAGS if tag in self._asleep and (tags is None or tag in tags)]
+        if self._asleep and not wanted:
+            return _no_op(self._level, f"{' and '.join(tags or ())} is awake already; asleep: {', '.join(sorted(self._asleep))}")
+        level = self._level
+        times = self._timed(lambda: self._wake(wanted), level, wanted, tidy_first=True)
+        self._asleep -= set(wanted)
+        self._level = level if self._asleep else None
+        left = [tag for tag in tags or () if tag not in wanted]
+        return replace(times, note=f"{' and '.join(left)} was awake already") if left else times
+
+    def _wake(self, tags: list[str]) -> None:
+        self._llm.wake_up(tags or ["scheduling"])
+        if "weights" in tags and not self._kept_on_host and self._device != "cpu":
+            self._rpc(reload_checkpoint)
+
+    def _timed(self, call: Callable[[], Any], level: int, tags: Sequence[str], *, tidy_first: bool) -> PhaseTimes:
+        """Run a sleep or wake. On a CPU the worker tells its parts; on a GPU vLLM moves both at once, and all counts as weights."""
+        tidy_s = _tidy(self._device) if tidy_first else 0.0
+        start = time.monotonic()
+        with self._entered():
+            call()
+        spent = time.monotonic() - start
+        tidy_s += 0.0 if tidy_first else _tidy(self._device)
+        if tags and self._device == "cpu":
+            phase: PhaseTimes = self._rpc(_last_phase)
+            return replace(phase, level=level, tidy_s=phase.tidy_s + tidy_s)
+        weights, kv_cache = (self._bytes[tag] if tag in tags else 0 for tag in TAGS)
+        return PhaseTimes(
+            level=level, weights_s=spent if tags else 0.0, kv_cache_s=0.0, tidy_s=tidy_s, weights_bytes=weights, kv_cache_bytes=kv_cache
+        )
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See `Engine.update_weights`. With tp > 1 every member passes the same full tensors."""
+        self._check_alive()
+        if "weights" in self._asleep:
+            raise EngineError(f"update_weights: the engine is {self._asleep_text()}\ncall wake_up(['weights']) first")
+        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+            raise EngineError(f"update_weights(version={version!r}): a version is an int of at least 1; 0 is the checkpoint")
+        checked = self._checkpoint.check(named_tensors)
+        try:
+            with self._entered():
+                self._rpc(_load_tensors, checked)
+                self._reset_caches()
+        except BaseException as error:
+            self._death = f"weights of version {version} were written in part: {type(error).__name__}: {error}"
+            raise EngineError(f"the engine is dead: {self._death}\nstart another") from error
+        self._version = version
+
+    def _reset_caches(self) -> None:
+        """What was computed with other weights must not be reused."""
+        engine = self._llm.llm_engine
+        if not engine.reset_prefix_cache():
+            raise EngineError("vLLM did not reset its prefix cache")
+        engine.reset_mm_cache()
+        if hasattr(engine, "reset_encoder_cache"):
+            engine.reset_encoder_cache()
+
+    def memory(self) -> EngineMemory:
+        """See `EngineMemory`; `other_bytes` holds Python, torch and vLLM themselves."""
+        alive = self.status is not EngineStatus.DEAD
+        weights, kv_cache = (self._bytes[tag] if alive and tag not in self._asleep else 0 for tag in TAGS)
+        is_kept = alive and "weights" in self._asleep and self._kept_on_host
+        if alive and self._device == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            used = total - free
+        else:
+            used = psutil.Process().memory_full_info().pss
+        return EngineMemory(
+            rank=_own_rank(),
+            pid=os.getpid(),
+            weights_bytes=weights,
+            kv_cache_bytes=kv_cache,
+            other_bytes=max(0, used - weights - kv_cache),
+            host_backup_bytes=self._bytes["weights"] if is_kept else 0,
+        )
+
+    def close(self) -> None:
+        """Give everything back, files included; may be called twice."""
+        _live.discard(self)
+        if world := self.__dict__.pop("_world", None):
+            with output_to(self._log_path), process_state_kept({}), world.entered():
+                if self._llm is not None:
+                    self._rpc(_close_sleep)
+                    _shut_core(self._llm.llm_engine.engine_core.engine_core)
+                self._llm = None
+                if not _live:
+                    _take_groups_down()
+            world.close()
+        if log := self.__dict__.pop("_log", None):
+            import logging
+
+            logging.getLogger("vllm").removeHandler(log)
+            log.close()
+        self._remove_folder()
+        tidy()
+
+    def _rpc(self, function: Callable[..., Any], *args: Any) -> Any:
+        return self._llm.collective_rpc(function, args=args)[0]
+
+
+def _group_of(process_group: Any, tp: int) -> Any:
+    """The torch ProcessGroup of a tensor-parallel engine, None for one alone."""
+    import torch.distributed as dist
+
+    if tp == 1:
+        return None
+    group = getattr(process_group, "process_group", process_group)
+    if group is None and dist.is_initialized():
+        group = dist.group.WORLD
+    size = group.size() if group is not None else 1
+    if size != tp:
+        raise EngineError(
+            f"tp={tp} needs a group of {tp} ranks; this one has {size}\npass process_group= a group of {tp} ranks, made on each of them"
+        )
+    return group
+
+
+def _own_rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if dist.is_initialized() else -1
+
+
+def _device(wanted: str) -> str:
+    """The device of the vLLM that is installed."""
+    from vllm.platforms import current_platform
+
+    found = str(current_platform.device_type)
+    if wanted == "auto" and found in VLLM_VERSIONS:
+        return found
+    if wanted != found:
+        raise EngineError(f"device={wanted!r}: the installed vLLM runs on {found!r}\npass device='auto', or install the other build")
+    return found
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {f.name for f in fields(EngineArgs)} - set(_OURS)
+    for name in options:
+        if name in _OURS:
+            hint = f"pass {_OURS[name]}= instead" if _OURS[name] else "the engine sets it itself"
+            raise EngineError(f"engine_options has {name!r}\n{hint}")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise EngineError(f"engine_options has {name!r}, which vLLM does not know\nnearest names: {', '.join(near) or 'none'}")
+
+
+def _check_memory(checkpoint: Checkpoint, kv_cache_bytes: int | None, dtype: str, tp: int, device: str) -> int:
+    """Bytes of KV cache, after a look at whether it and the weights fit."""
+    import torch.distributed as dist
+
+    num_engines = dist.get_world_size() if dist.is_initialized() else 1
+    kv_bytes = default_kv_cache_bytes(num_engines, device=device) if kv_cache_bytes is None else int(kv_cache_bytes)
+    item_bytes = {"float32": 4, "float16": 2, "bfloat16": 2, "half": 2, "float": 4}.get(dtype)
+    weights, free = checkpoint.num_bytes(item_bytes) // tp, _free_bytes(device)
+    if kv_bytes <= 0 or weights + kv_bytes > free:
+        mib = [f"{x / 2**20:.0f} MiB" for x in (weights, kv_bytes, free)]
+        raise EngineError(
+            f"the engine does not fit in the memory of this {'GPU' if device == 'cuda' else 'machine'}\n"
+            f"weights {mib[0]} and KV cache {mib[1]} are needed; {mib[2]} are free\n"
+            "pass kv_cache_bytes=, a smaller model, or free memory first"
+        )
+    return kv_bytes
+
+
+def _device_options(device: str, tp: int, backup_dir: Path) -> dict[str, Any]:
+    """What differs between a CPU (our worker sleeps) and a GPU (vLLM's own sleep mode); see `VLLM_VERSIONS`."""
+    executor = "external_launcher" if tp > 1 else "uni"
+    if device == "cpu":
+        return {
+            "worker_cls": "workbench.rollout.vllm_worker.SleepingCPUWorker",
+            "distributed_executor_backend": executor,
+            "additional_config": {"workbench_backup_dir": str(backup_dir)},
+        }
+    free, total = torch.cuda.mem_get_info()  # vLLM refuses to start when less than this share is free, whatever the KV cache's size
+    return {"enable_sleep_mode": True, "distributed_executor_backend": executor, "gpu_memory_utilization": round(0.95 * free / total, 3)}
+
+
+def _environment(world: OwnWorld) -> dict[str, str | None]:
+    """vLLM in this process, over loopback, in a world of its own."""
+    numbers = {"RANK": world.rank, "LOCAL_RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_WORLD_SIZE": world.size}
+    return {
+        **_QUIET,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_HOST_IP": "127.0.0.1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_ADDR": None,
+        "MASTER_PORT": None,
+        **{name: str(number) for name, number in numbers.items()},
+    }
+
+
+def _completion(request: Request, output: Any, inputs: Sequence[dict[str, Any]], with_logprobs: bool) -> Completion:
+    """One completion, with the hash of the prompt that vLLM says it read."""
+    done = output.outputs[0]
+    sent = inputs[request.prompt_index].get("prompt_token_ids")
+    is_same = sent is None or output.prompt_token_ids == sent
+    return Completion(
+        tokens=done.token_ids,
+        text=done.text,
+        finish=_FINISH.get(done.finish_reason, FinishReason.ERROR),
+        prompt_hash=request.prompt_hash if is_same else prompt_hash(list(output.prompt_token_ids)),
+        logprobs=_logprobs(done) if with_logprobs else None,
+        error=None if done.finish_reason in _FINISH else f"vLLM ended it with {done.finish_reason!r}",
+    )
+
+
+def _logprobs(done: Any) -> list[float | None]:
+    """The sampled token's logprob at each position; each position's first entry is the sampled token."""
+    flat = done.logprobs
+    return [flat.logprobs[start] if end > start else None for start, end in zip(flat.start_indices, flat.end_indices, strict=True)]
+
+
+def _no_op(level: int, note: str) -> PhaseTimes:
+    return PhaseTimes(level=level, weights_s=0.0, kv_cache_s=0.0, tidy_s=0.0, weights_bytes=0, kv_cache_bytes=0, note=note)
+
+
+def _tidy(device: str) -> float:
+    start = time.monotonic()
+    tidy()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+    return time.monotonic() - start
+
+
+# What runs on the worker, given by vLLM as first argument.
+
+
+def _prepare_sleep(worker: Any) -> None:
+    if worker.device.type == "cpu":
+        worker.prepare_sleep()
+
+
+def _close_sleep(worker: Any) -> None:
+    if worker.device.type == "cpu":
+        worker.sleeper.close()
+
+
+def _last_phase(worker: Any) -> PhaseTimes:
+    phase: PhaseTimes = worker.phase
+    return phase
+
+
+def _held_bytes(worker: Any) -> tuple[int, int]:
+    """Bytes of weights and KV cache of this worker, each storage once."""
+    if worker.device.type == "cpu":
+        return worker.sleeper.num_bytes("weights"), worker.sleeper.num_bytes("kv_cache")
+    return _storage_bytes(worker.model_runner.model.parameters()), _storage_bytes(worker.model_runner.kv_caches)
+
+
+def _storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _load_tensors(worker: Any, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+    with torch.no_grad():
+        worker.model_runner.model.load_weights(iter(named_tensors))
+
+
+def reload_checkpoint(worker: Any) -> None:
+    """Read the checkpoint again into the model's own tensors."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+
+    loader = get_model_loader(worker.vllm_config.load_config)
+    with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
+        loader.load_weights(worker.model_runner.model, worker.vllm_config.model_config)
+
+
+def _forget_exit_hook(client: Any) -> None:
+    """At the process's end vLLM would destroy groups in whatever world is the default then; `close` does it in the engine's own."""
+    if finalizer := getattr(client, "_finalizer", None):
+        finalizer.detach()
+
+
+def _shut_core(core: Any) -> None:
+    """Shut vLLM's in-process core, all but its last act: `destroy_process_group()` would forget the names of the ranks' groups."""
+    from vllm.v1.engine import core as module
+
+    upstream = getattr(module, "cleanup_dist_env_and_memory", None)
+    if upstream is not None:
+        module.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
+    try:
+        core.shutdown()
+    finally:
+        if upstream is not None:
+            module.cleanup_dist_env_and_memory = upstream
+
+
+def _take_groups_down() -> None:
+    """Drop vLLM's own groups, which are globals of the process."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+        parallel_state._WORLD = None
