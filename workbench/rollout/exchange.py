@@ -9,7 +9,7 @@ Knows process groups and bytes. Does not know prompts, completions or engines.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
@@ -164,11 +164,9 @@ class Exchange:
             root: index in the group.
         """
         if self.index != root:
-            self._wait([self._send(own, root)])
+            self._send(own, root)
             return None
-        buffers = [own if i == root else np.empty(int(sizes[i]), np.uint8) for i in range(self.size)]
-        self._wait([self._receive(buffers[i], i) for i in range(self.size) if i != root])
-        return buffers
+        return [own if i == root else self._receive(int(sizes[i]), i) for i in range(self.size)]
 
     def scatter_buffers(self, buffers: Sequence[Buffer] | None, root: int) -> Buffer:
         """This rank's own of the root's buffers; two messages a rank: the size, the bytes.
@@ -178,15 +176,13 @@ class Exchange:
             root: index in the group.
         """
         if self.index != root:
-            size = np.zeros(1, np.int64)
-            self._wait([self._receive(size, root)])
-            own = np.empty(int(size[0]), np.uint8)
-            self._wait([self._receive(own, root)])
-            return own
+            size = self._receive(8, root).view(np.int64)
+            return self._receive(int(size[0]), root)
         assert buffers is not None
-        sizes = [np.array([buffer.size], np.int64) for buffer in buffers]
-        peers = [i for i in range(self.size) if i != root]
-        self._wait([self._send(part, i) for i in peers for part in (sizes[i], buffers[i])])
+        for i, buffer in enumerate(buffers):
+            if i != root:
+                self._send(np.array([buffer.size], np.int64), i)
+                self._send(buffer, i)
         return buffers[root]
 
     def broadcast_buffers(self, buffers: Sequence[Buffer] | None, size: int, root: int) -> Buffer:
@@ -203,18 +199,16 @@ class Exchange:
         self.num_bytes += size * (self.size - 1 if self.index == root else 1)
         return _part(joined, self.size, self.index)
 
-    def _send(self, array: NDArray[Any], index: int) -> dist.Work | None:
+    def _send(self, array: NDArray[Any], index: int) -> None:
+        """Blocking, as `_receive` is: the cluster watches such messages, and can stop a rank that waits for one."""
         self.num_bytes += array.nbytes
-        return dist.isend(torch.from_numpy(array), dst=self.ranks[index], group=self.process_group)
+        dist.send(torch.from_numpy(array), dst=self.ranks[index], group=self.process_group)
 
-    def _receive(self, array: NDArray[Any], index: int) -> dist.Work | None:
-        self.num_bytes += array.nbytes
-        return dist.irecv(torch.from_numpy(array), src=self.ranks[index], group=self.process_group)
-
-    def _wait(self, works: Iterable[dist.Work | None]) -> None:
-        for work in works:
-            if work is not None:
-                work.wait()
+    def _receive(self, num_bytes: int, index: int) -> Buffer:
+        buffer = np.empty(num_bytes, np.uint8)
+        self.num_bytes += num_bytes
+        dist.recv(torch.from_numpy(buffer), src=self.ranks[index], group=self.process_group)
+        return buffer
 
 
 def _tell(error: Exception) -> str:
