@@ -19,7 +19,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from workbench.errors import EngineError, GroupError, StaleGroupError
-from workbench.ranks.members import all_gather_bytes
 
 __all__ = ["Buffer", "Exchange", "Phase", "joined_size"]
 
@@ -27,6 +26,7 @@ Buffer = NDArray[np.uint8]
 
 _NUM_NUMBERS = 5  # every meeting has this many, so that two different phases still meet and are told apart
 _KINDS: tuple[type[Exception], ...] = (EngineError, ValueError, StaleGroupError, GroupError)  # what a rank may tell the others
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name of the same operation
 
 
 class Phase(IntEnum):
@@ -152,9 +152,11 @@ class Exchange:
         if group is None or len(ranks) == 1 or own.size == 0:
             return own[None].repeat(len(ranks), axis=0)
         self.num_bytes += 2 * (len(ranks) - 1) * own.size
-        places = [ranks.index(rank) for rank in dist.get_process_group_ranks(group)]
-        rows: Buffer = all_gather_bytes(group, torch.from_numpy(own), places).numpy()
-        return rows
+        rows = torch.empty((len(ranks), own.size), dtype=torch.uint8)
+        _gather_into(rows.view(-1), torch.from_numpy(own), group=group)
+        held = dist.get_process_group_ranks(group)  # torch sorts ranks; a `Group` keeps the order that it was given
+        ordered: Buffer = rows.numpy() if list(ranks) == held else rows.numpy()[[held.index(rank) for rank in ranks]]
+        return ordered
 
     def gather_buffers(self, own: Buffer, sizes: NDArray[np.int64], root: int) -> list[Buffer] | None:
         """The buffer of every rank on the root, None elsewhere; one message a rank.
