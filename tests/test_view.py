@@ -125,10 +125,13 @@ def test_no_two_of_the_first_32_ranks_share_a_colour():
 
 
 def test_many_ranks_are_named_in_blocks_of_neighbours():
-    assert [name for _, name in rank_blocks(range(3))] == ["rank 0", "rank 1", "rank 2"]
-    assert [name for _, name in rank_blocks(range(32))] == [f"ranks {4 * i}-{4 * i + 3}" for i in range(8)]
+    assert [block.label for block in rank_blocks(range(32))] == [f"ranks {4 * i}-{4 * i + 3}" for i in range(8)]
     assert rank_blocks([]) == []
-    assert [rank for block, _ in rank_blocks(range(13)) for rank in block] == list(range(13)) and len(rank_blocks(range(13))) <= 8
+    assert [rank for block in rank_blocks(range(13)) for rank in block.ranks] == list(range(13)) and len(rank_blocks(range(13))) <= 8
+
+
+def test_a_rank_drawn_alone_keeps_its_own_colour():
+    assert [(block.label, block.color) for block in rank_blocks([2, 5])] == [("rank 2", rank_color(2)), ("rank 5", rank_color(5))]
 
 
 # Lengths

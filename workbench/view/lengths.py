@@ -22,7 +22,6 @@ from workbench.view.style import (
     label_times,
     new_axes,
     rank_blocks,
-    rank_color,
     set_finding,
     show_empty,
 )
@@ -87,7 +86,7 @@ def _by_reason(frame: pd.DataFrame) -> list[tuple[NDArray[np.bool_], dict[str, A
 def _by_rank(frame: pd.DataFrame) -> list[tuple[NDArray[np.bool_], dict[str, Any]]]:
     ranks = frame["origin_rank"].to_numpy()
     blocks = rank_blocks(range(int(ranks.max()) + 1))
-    return [(np.isin(ranks, block), dict(facecolor=rank_color(i), label=label)) for i, (block, label) in enumerate(blocks)]
+    return [(np.isin(ranks, block.ranks), dict(facecolor=block.color, label=block.label)) for block in blocks]
 
 
 def _draw_bars(ax: Axes, groups: Sequence[tuple[NDArray[np.int64], dict[str, Any]]], edges: NDArray[np.float64]) -> list[Patch]:

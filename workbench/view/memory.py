@@ -6,6 +6,7 @@ counts a shared page once in every process and must not be summed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -16,13 +17,13 @@ from matplotlib.patches import Patch
 from workbench.view.style import (
     FULL_SIZE,
     PROCESS_COLORS,
+    RankBlock,
     add_legend,
     house_style,
     is_small,
     label_times,
     new_axes,
     rank_blocks,
-    rank_color,
     set_finding,
     show_empty,
 )
@@ -47,15 +48,17 @@ def plot_memory(
     """
     frame = run if isinstance(run, pd.DataFrame) else run.memory
     spans = timeline if isinstance(run, pd.DataFrame) else run.timeline
-    with house_style(is_small=is_small(ax, size)):
+    small = is_small(ax, size)
+    with house_style(is_small=small):
         ax = ax or new_axes(size)
         readable = frame[frame["pss_bytes"] > 0]
         if readable.empty:
             return show_empty(ax, "no memory samples to show" if frame.empty else "the processes' memory (PSS) could not be read")
-        layers = _layers(readable)
+        blocks = rank_blocks(sorted(readable.loc[readable["process"] == "rank", "rank"].unique().tolist()), max_blocks=4 if small else 8)
+        layers = _layers(readable, blocks)
         peak = float(max(layers.sum(axis=1).max(), _device_total(frame).max()))
         unit, unit_name = (GIB, "GiB") if peak >= GIB else (MIB, "MiB")
-        handles = _draw_layers(ax, layers / unit) + _draw_device(ax, _device_total(frame) / unit)
+        handles = _draw_layers(ax, layers / unit, blocks) + _draw_device(ax, _device_total(frame) / unit)
         ax.set_xlim(layers.index[0], max(layers.index[-1], layers.index[0] + 1e-3))
         ax.set_ylim(0, peak / unit * 1.08)
         ax.set_ylabel(f"memory (PSS), {unit_name}")
@@ -66,13 +69,12 @@ def plot_memory(
     return ax
 
 
-def _layers(frame: pd.DataFrame) -> pd.DataFrame:
+def _layers(frame: pd.DataFrame, blocks: Sequence[RankBlock]) -> pd.DataFrame:
     """PSS bytes over time, [num_times, num_layers]: engines first, then ranks or blocks of ranks, then the rest.
 
     A process not read at some time between two readings keeps the line between them; before its first and after its last it counts 0.
     """
-    ranks = sorted(frame.loc[frame["process"] == "rank", "rank"].unique().tolist())
-    names = {rank: label for block, label in rank_blocks(ranks) for rank in block}
+    names = {rank: block.label for block in blocks for rank in block.ranks}
     layer = frame["process"].where(frame["process"] != "rank", frame["rank"].map(names))
     wide = frame.assign(layer=layer).pivot_table(index="time_s", columns=["layer", "pid"], values="pss_bytes", aggfunc="last")
     table = wide.interpolate(method="index", limit_area="inside").fillna(0.0).T.groupby(level="layer").sum().T
@@ -80,9 +82,9 @@ def _layers(frame: pd.DataFrame) -> pd.DataFrame:
     return table[[name for name in wanted if name in table] + [name for name in table if name not in wanted]]
 
 
-def _draw_layers(ax: Axes, layers: pd.DataFrame) -> list[Any]:
-    ranks = [name for name in layers if str(name).startswith("rank")]
-    colors = [PROCESS_COLORS.get(str(name)) or rank_color(ranks.index(name) if name in ranks else 7) for name in layers]
+def _draw_layers(ax: Axes, layers: pd.DataFrame, blocks: Sequence[RankBlock]) -> list[Any]:
+    known = PROCESS_COLORS | {block.label: block.color for block in blocks}
+    colors = [known.get(str(name), "#A6A6A6") for name in layers]
     ax.stackplot(layers.index, *(layers[name] for name in layers), colors=colors, edgecolor="white", linewidth=0.4)
     return [Patch(facecolor=color, label=str(name)) for name, color in zip(layers, colors, strict=True)]
 

@@ -131,15 +131,17 @@ body { color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sa
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.15rem; margin-top: 2rem; border-bottom: 1px solid var(--line); }
 .table { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: max-content; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+td { max-width: 26rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 thead th { background: var(--soft); }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: 0.7rem; overflow-x: auto; font-size: 0.82rem; }
-.figures { display: flex; flex-wrap: wrap; gap: 0.8rem; }
-img { max-width: 100%; height: auto; background: #ffffff; border-radius: 6px; }
+.figures { display: flex; flex-wrap: wrap; gap: 0.8rem; margin-top: 0.8rem; }
+img { box-sizing: border-box; max-width: 100%; height: auto; padding: 6px; background: #ffffff; border-radius: 6px; }
 @media print {
   :root { --ink: #000000; --paper: #ffffff; --line: #bbbbbb; --soft: #f5f5f5; }
   body { font-size: 9pt; max-width: none; margin: 0; } h1 { font-size: 14pt; } h2 { font-size: 11pt; margin-top: 1rem; }
-  section { break-inside: avoid; } img { max-width: 48%; } pre { white-space: pre-wrap; }
+  section { break-inside: avoid; } img { max-width: 48%; padding: 0; } pre { white-space: pre-wrap; }
+  table { width: auto; font-size: 7pt; } th, td { padding: 0.1rem 0.3rem; overflow-wrap: anywhere; }
 }
 """

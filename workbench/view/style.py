@@ -12,6 +12,7 @@ import html
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -26,6 +27,7 @@ __all__ = [
     "PROCESS_COLORS",
     "SPAN_STYLES",
     "PictureAxes",
+    "RankBlock",
     "add_legend",
     "alt_text",
     "figure_png",
@@ -41,7 +43,7 @@ __all__ = [
 ]
 
 FULL_SIZE = (6.4, 3.6)  # inches
-SMALL_SIZE = (4.2, 2.6)
+SMALL_SIZE = (3.3, 2.5)  # three beside each other in a notebook
 DPI = 144
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#7F7F7F")
@@ -71,11 +73,26 @@ def rank_color(rank: int) -> str:
     return to_hex(_mix(hue, *(("#FFFFFF", 0.0), ("#FFFFFF", 0.5), ("#000000", 0.45), ("#FFFFFF", 0.75))[rank // 8 % 4]))
 
 
-def rank_blocks(ranks: Sequence[int], *, max_blocks: int = 8) -> list[tuple[list[int], str]]:
-    """Ranks in at most `max_blocks` blocks of neighbours, each with its name: ("rank 3") or, for 32 ranks, ("ranks 4-7")."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankBlock:
+    """Neighbouring ranks drawn as one, with the name and colour they go by."""
+
+    ranks: tuple[int, ...]
+    label: str
+    color: str
+
+
+def rank_blocks(ranks: Sequence[int], *, max_blocks: int = 8) -> list[RankBlock]:
+    """Ranks in at most `max_blocks` blocks: each one its own ("rank 3", in its own colour), or of 32 always four ("ranks 4-7")."""
     size = -(-len(ranks) // max_blocks) or 1
-    blocks = [list(ranks[i : i + size]) for i in range(0, len(ranks), size)]
-    return [(block, f"rank {block[0]}" if len(block) == 1 else f"ranks {block[0]}-{block[-1]}") for block in blocks]
+    if size == 1:
+        return [RankBlock(ranks=(rank,), label=f"rank {rank}", color=rank_color(rank)) for rank in ranks]
+    blocks = [tuple(ranks[i : i + size]) for i in range(0, len(ranks), size)]
+    return [RankBlock(ranks=block, label=_span(block), color=rank_color(i)) for i, block in enumerate(blocks)]
+
+
+def _span(ranks: tuple[int, ...]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
 
 
 def _mix(color: str, other: str, share: float) -> tuple[float, float, float]:

@@ -101,7 +101,7 @@ def _events(frame: pd.DataFrame) -> list[tuple[float, str]]:
     marks = frame[frame["span"] == "mark"]
     events = list(zip(marks["start_s"].tolist(), marks["label"].tolist(), strict=True))
     work = frame[frame["span"].isin(["wake_up", "gather", "generate"])]
-    steps = sorted(set(work["step"].tolist()))
+    steps = sorted({int(step) for step in work["step"]})
     if 1 < len(steps) <= 12:
         events += [(float(work.loc[work["step"] == step, "start_s"].min()), f"step {step}") for step in steps]
     return events
