@@ -12,8 +12,8 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,20 @@ __all__ = ["VLLM_VERSIONS", "VLLMEngine", "default_kv_cache_bytes", "reload_chec
 
 VLLM_VERSIONS = {"cpu": "0.32", "cuda": "0.24"}  # versions that were run, by device; `_device_options` is all that differs
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
-_OURS = {  # options that are parameters here, or that sleep rests on
-    "model": "model", "tensor_parallel_size": "tp", "dtype": "dtype", "kv_cache_memory_bytes": "kv_cache_bytes", "seed": "seed",
-    "max_model_len": "max_model_len", "worker_cls": "", "distributed_executor_backend": "", "enable_sleep_mode": "", "pipeline_parallel_size": "",
-    "data_parallel_size": "", "additional_config": "",
-}  # fmt: skip
+_OURS = {  # options that are parameters here ("" for none), or that sleep rests on
+    "model": "model",
+    "tensor_parallel_size": "tp",
+    "dtype": "dtype",
+    "kv_cache_memory_bytes": "kv_cache_bytes",
+    "seed": "seed",
+    "max_model_len": "max_model_len",
+    "worker_cls": "",
+    "distributed_executor_backend": "",
+    "enable_sleep_mode": "",
+    "pipeline_parallel_size": "",
+    "data_parallel_size": "",
+    "additional_config": "",
+}
 _QUIET = {"VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _live: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()  # vLLM's groups are globals of the process; the last engine takes them down
 
@@ -280,9 +289,8 @@ class VLLMEngine:
         """A sample's own seed; without one, a fresh one that all members of a group agree on and the process's generators never see."""
         if request.seed is not None:
             return request.seed
-        return sample_seed(
-            self._entropy, self._num_calls, Origin(rank=request.origin.rank, index=request.prompt_index), request.sample_index
-        )
+        here = Origin(rank=request.origin.rank, index=request.prompt_index)  # origins may repeat, places in the call may not
+        return sample_seed(self._entropy, self._num_calls, here, request.sample_index)
 
     def _run(self, inputs: list[dict[str, Any]], params: list[Any]) -> list[Any]:
         if not inputs:
@@ -307,9 +315,18 @@ class VLLMEngine:
         except Exception as second:
             self._death = f"requests could not be aborted after {type(error).__name__}: {second}"
 
-    def _entered(self) -> Any:
-        """vLLM's collectives look their groups up in the default world; alone it makes none."""
-        return self._world.entered() if self._tp > 1 else nullcontext()
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """vLLM's collectives look their groups up in the default world; alone it makes none.
+
+        On a CPU its few compiled helpers run as they are: compiling each for each batch size takes 2 to 5 s and a C++ compiler.
+        """
+        with ExitStack() as stack:
+            if self._tp > 1:
+                stack.enter_context(self._world.entered())
+            if self._device == "cpu":
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield
 
     def sleep(self, level: int = 1) -> PhaseTimes:
         """Give memory back: level 0 pauses only, 1 keeps the weights in a private file (on a GPU in host memory), 2 discards them.

@@ -1,7 +1,7 @@
 """A vLLM worker for CPUs whose sleep is real; vLLM loads it by name (`worker_cls`).
 
-Upstream's CPU worker answers sleep with a warning, hides linear weights in oneDNN handles that nobody can free, and meets its peers in shared
-memory named by rank alone.
+Upstream's CPU worker answers sleep with a warning, hides linear weights in oneDNN handles that nobody can free, and meets its peers
+in shared memory named by rank alone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class SleepingCPUWorker(CPUWorker):
     phase: PhaseTimes | None = None
 
     def init_device(self) -> None:
-        # Members that do not agree on a name fall back from shared memory to gloo: no file in /dev/shm that outlives a crash and stops the next
-        # start, and a member whose peer died gets an error instead of spinning for ever.
+        # Members that do not agree on a name fall back from shared memory to gloo: no file in /dev/shm that outlives a crash and
+        # stops the next start, and a member whose peer died gets an error instead of spinning for ever.
         upstream = cpu_communicator._CPUSHMDistributed.make_group_name
         cpu_communicator._CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"{os.getpid()}")
         try:
