@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from workbench.rollout.batch import empty_batch, select
 from workbench.rollout.exchange import Exchange, Phase, joined_size
 from workbench.rollout.packing import pack_batch, pack_prompts, unpack_batch, unpack_prompts
 
-PROMPTS = ["1+1=", [1, 2, 300_000], "", "été 数 \ud800", {"prompt": "<image> a", "images": [np.eye(2)]}]
+PROMPTS: list[Any] = ["1+1=", [1, 2, 300_000], "", "été 数 \ud800", {"prompt": "<image> a", "images": [np.eye(2)]}]
 
 
 def batch_of(prompts, **options):
@@ -31,7 +32,7 @@ def assert_same(one, two):
 
 
 def test_prompts_come_back_as_they_were():
-    again = unpack_prompts(pack_prompts(PROMPTS))
+    again: list[Any] = unpack_prompts(pack_prompts(PROMPTS))
     assert again[:4] == PROMPTS[:4] and [type(i) for i in again[1]] == [int] * 3
     assert again[4]["prompt"] == "<image> a" and np.array_equal(again[4]["images"][0], np.eye(2))
     assert unpack_prompts(pack_prompts([])) == []
@@ -124,7 +125,7 @@ def failing(rank):
     import torch.distributed as dist
 
     exchange = Exchange(dist.group.WORLD)
-    texts = []
+    texts: list[Any] = []
     for errors in (
         {2: ValueError("two é")},
         {1: wb.EngineError("one\nmore"), 3: KeyError("three")},

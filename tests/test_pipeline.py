@@ -55,7 +55,7 @@ def every_mode(rank):
 
     world = dist.group.WORLD
     groups = {"torch": world, "group": wb.Group.from_process_group(world), "accelerate": Accelerator(cpu=True)}
-    found = {}
+    found: dict[Any, list[str]] = {}
     for name, group in groups.items():
         for way in ("scatter", "broadcast"):
             rollout = rooted(group, rank, root=dist.get_world_size() - 1, scatter=way, step=3)
@@ -148,6 +148,20 @@ def test_the_steps_are_usable_by_hand():
         assert origins == {(rank, i) for i, count in enumerate(COUNTS[rank]) if count}
     rewards = [list(metadata) for *_, metadata, _, _ in results]
     assert rewards == [[None, {"reward": 1}, {"reward": 2}, {"reward": 3}], [], [], [{"reward": 4}, {"reward": 5}, {"reward": 6}]]
+
+
+def grouped_by_hand(rank):
+    import torch.distributed as dist
+
+    rollout = wb.GroupedRollout(dist.group.WORLD, None)
+    gathered = rollout.gather_prompts(RAGGED[rank])
+    batch = ScriptedEngine().generate(gathered.prompts, SAMPLING, origins=rollout.origins(gathered.offsets))
+    mine = rollout.scatter_completions(batch, gathered.offsets, list(range(len(batch))))
+    return len(gathered.prompts), difference(mine, direct(rank, RAGGED[rank])), mine.metadata
+
+
+def test_grouped_steps_are_usable_by_hand():
+    assert run_world(4, grouped_by_hand) == [(6, [], (0, 1, 2, 3)), (6, [], ()), (6, [], (4, 5)), (6, [], (6, 7, 8, 9, 10, 11))]
 
 
 class MixedUp(ScriptedEngine):
@@ -318,15 +332,18 @@ def test_a_prompt_that_fails_comes_back_failed_and_the_others_whole():
 
 
 def tampered(rank):
-    """What arrives on rank 1 was changed on the way."""
+    """What arrives on rank 1 was packed for another rank."""
     import torch.distributed as dist
 
-    from workbench.rollout import pipeline
+    from workbench.rollout.packing import pack_batch, unpack_batch
 
-    unpack = pipeline.unpack_batch
+    rollout = rooted(dist.group.WORLD, rank)
+    receive = rollout._exchange.scatter_buffers
     if rank == 1:
-        pipeline.unpack_batch = lambda buffer: replace(unpack(buffer), origin_ranks=np.zeros(4, np.int32))
-    return told(lambda: rooted(dist.group.WORLD, rank).generate([f"{rank}+0=", "5+5="], SAMPLING))
+        rollout._exchange.scatter_buffers = lambda *args: pack_batch(
+            replace(unpack_batch(receive(*args)), origin_ranks=np.zeros(4, np.int32))
+        )
+    return told(lambda: rollout.generate([f"{rank}+0=", "5+5="], SAMPLING))
 
 
 def test_what_changed_on_the_way_is_told_where_it_arrives():
