@@ -16,7 +16,7 @@ import pytest
 from run_builders import MIB, make_batch, make_memory, make_run, make_sleep, make_spans
 
 import workbench as wb
-from workbench.records import RolloutBatch, Span
+from workbench.records import Prompt, RolloutBatch, Span
 from workbench.run import Run
 from workbench.store.folder import save_run
 from workbench.store.kept import keep_run
@@ -68,7 +68,7 @@ def test_a_failed_completion_is_a_row_with_its_error_and_counts_in_no_length():
 
 
 def test_prompts_of_every_kind_are_shown_as_text_with_their_images():
-    prompts = [
+    prompts: list[Prompt] = [
         "plain",
         [5, 6],
         {"prompt": "look <image>", "images": [b"1", b"2"]},
@@ -170,7 +170,9 @@ def test_tokens_logprobs_prompts_and_metadata_come_back_exactly(tmp_path):
     for step, rank in ((0, 0), (0, 1), (4, 1)):
         assert_equal_batches(run.batch(rank, step), again.batch(rank, step))
     before, after = run.batch(3, 0), again.batch(3, 0)
-    np.testing.assert_array_equal(before.prompts[0]["images"][0], after.prompts[0]["images"][0])
+    (one,), (two,) = before.prompts, after.prompts
+    assert isinstance(one, dict) and isinstance(two, dict)
+    np.testing.assert_array_equal(one["images"][0], two["images"][0])
     assert after.logprobs is None and after.errors == (None, "prompt too long")
     assert isinstance(again.batch(1, 0).metadata[2], np.float32)
 

@@ -22,7 +22,7 @@ import workbench as wb
 from workbench.records import Span
 from workbench.run import Run
 from workbench.view.report import Section, write_report
-from workbench.view.style import FULL_SIZE, OKABE_ITO, SMALL_SIZE, alt_text, rank_blocks, rank_color
+from workbench.view.style import FULL_SIZE, OKABE_ITO, SMALL_SIZE, PictureAxes, alt_text, rank_blocks, rank_color
 
 PLOTS = ("plot_lengths", "plot_timeline", "plot_memory")
 
@@ -101,7 +101,9 @@ def test_a_table_is_drawn_like_its_run(plot, table):
 
 
 def test_a_notebook_shows_axes_as_a_picture_with_words_beside_it():
-    data, metadata = make_run().plot_lengths()._repr_mimebundle_()
+    ax = make_run().plot_lengths()
+    assert isinstance(ax, PictureAxes)
+    data, metadata = ax._repr_mimebundle_()
     assert data["image/png"].startswith(b"\x89PNG") and metadata["image/png"] == {"width": 640, "height": 360}
     assert data["text/plain"].endswith("(completions over completion length, tokens)")
 
@@ -222,7 +224,7 @@ def test_a_span_of_an_unknown_kind_is_drawn_and_named():
 
 def stack_heights(ax: Axes) -> list[float]:
     """Height of each stacked layer at its first time, data units."""
-    ends = [collection.get_paths()[0].vertices for collection in ax.collections]
+    ends = [np.asarray(collection.get_paths()[0].vertices) for collection in ax.collections]
     return [float(np.ptp(v[v[:, 0] == v[:, 0].min(), 1])) for v in ends]
 
 
@@ -242,7 +244,7 @@ def test_a_process_that_starts_late_counts_from_then_on_and_a_missed_reading_is_
     memory = make_memory(num_ranks=1, duration_s=2.0)
     seen = [s for s in memory if s.process != "engine" or (s.time_s > 0.75 and abs(s.time_s - 1.2) > 0.01)]
     run = Run(batches={}, memory=seen)
-    engine = run.plot_memory().collections[0].get_paths()[0].vertices
+    engine = np.asarray(run.plot_memory().collections[0].get_paths()[0].vertices)
     at = {round(float(x), 1): float(y) for x, y in engine if y > 0}
     assert min(at) == 0.8 and at[1.2] == pytest.approx(900 / 1024)
 
@@ -265,7 +267,7 @@ def test_device_memory_is_a_line_of_its_own():
     assert "GPU memory" not in legend_labels(wb.view.plot_memory(frame))
     used = frame.assign(device_used_bytes=np.where(frame.process == "engine", 5 * 1024 * MIB, 0))
     ax = wb.view.plot_memory(used)
-    assert legend_labels(ax)[-1] == "GPU memory" and ax.lines[0].get_ydata()[0] == pytest.approx(5.0)
+    assert legend_labels(ax)[-1] == "GPU memory" and np.asarray(ax.lines[0].get_ydata())[0] == pytest.approx(5.0)
 
 
 def test_unreadable_pss_is_said_not_replaced_by_rss():

@@ -111,7 +111,7 @@ def _finding(work: pd.DataFrame) -> str:
     total_s = float(work["end_s"].max() - work["start_s"].min())
     num_steps = work["step"].nunique()
     steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
-    shares = {kind: _covered_s(spans) / total_s if total_s else 0.0 for kind, spans in work.groupby("span")}
+    shares = {str(kind): _covered_s(spans) / total_s if total_s else 0.0 for kind, spans in work.groupby("span")}
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
     return f"{steps} in {total_s:.3g} s: " + ", ".join(f"{kind} {share * 100:.0f} %" for kind, share in largest) + " of the time"
 
