@@ -94,22 +94,32 @@ def _told(command: Callable[[], list[str]]) -> str:
 
 
 def _new_shared_memory(before: Belongings) -> list[str]:
-    new = set(os.listdir(SHARED_MEMORY)) - before.shared
+    new = sorted(set(os.listdir(SHARED_MEMORY)) - before.shared)
     foreign = _mapped_elsewhere() if new else set()
-    return [f"shared memory {SHARED_MEMORY / name}" for name in sorted(new - foreign)]
+    return [f"shared memory {SHARED_MEMORY / name}" for name in new if _inode(SHARED_MEMORY / name) not in foreign | {0}]
 
 
-def _mapped_elsewhere() -> set[str]:
-    """Names in shared memory that processes other than ours and our descendants map: another program's work on the same machine."""
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
+def _mapped_elsewhere() -> set[int]:
+    """Inodes in shared memory that processes other than ours and our descendants map: another program's work on the same machine.
+
+    Inodes, since a semaphore is mapped under a first name that is gone by the time it has its own.
+    """
     own = {os.getpid(), *(p.pid for p in psutil.Process().children(recursive=True))}
-    names: set[str] = set()
+    inodes: set[int] = set()
     for pid in set(psutil.pids()) - own:
         try:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         except OSError:
             continue
-        names |= {Path(line.split(maxsplit=5)[5]).name for line in lines if f" {SHARED_MEMORY}/" in line}
-    return names
+        inodes |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
+    return inodes
 
 
 def _new_temporary(before: Belongings) -> list[str]:
