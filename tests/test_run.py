@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,15 @@ def test_times_count_from_the_start_of_the_run():
     run = make_run(start_s=1000.0)
     assert run.timeline.start_s.min() == 0.0 and run.timeline.end_s.max() == pytest.approx(4.1)
     assert run.memory.time_s.min() == 0.0 and run.memory.time_s.max() == pytest.approx(4.1)
+
+
+def test_a_phase_that_nobody_told_is_read_from_the_spans_of_the_same_rank():
+    samples = [replace(s, phase="") for s in make_memory(num_ranks=1, start_s=50.0)]
+    table = Run(batches={}, spans=make_spans(num_ranks=1, start_s=50.0), memory=samples, start_s=50.0).memory
+    at = {name: group.set_index(group.time_s.round(1)).phase for name, group in table.groupby("process")}
+    assert at["engine"][[0.1, 0.5, 1.8, 2.0, 2.3]].tolist() == ["wake_up", "generate", "sleep", "asleep", "wake_up"]
+    assert at["rank"][[0.1, 0.3, 0.5]].tolist() == ["", "gather", ""] and set(at["driver"]) == {""}
+    assert set(make_run().memory.phase) == {"generate", "asleep"}  # what was told stays
 
 
 def test_marks_are_in_the_timeline_with_their_labels():

@@ -137,11 +137,29 @@ def timeline_frame(spans: Iterable[Span], *, start_s: float) -> pd.DataFrame:
     return frame.sort_values(["start_s", "rank"], kind="stable", ignore_index=True)
 
 
-def memory_frame(samples: Iterable[MemorySample], *, start_s: float) -> pd.DataFrame:
-    """A row a process and time; times from `start_s`."""
+def memory_frame(samples: Iterable[MemorySample], spans: Iterable[Span] = (), *, start_s: float) -> pd.DataFrame:
+    """A row a process and time; times from `start_s`.
+
+    A sample whose phase nobody told gets it from the spans of its rank: the one that ran then, or "asleep" after a sleep.
+    """
     frame = _frame(_columns(samples, MEMORY), MEMORY)
+    frame["phase"] = _phases(frame, list(spans))
     frame["time_s"] -= start_s
     return frame.sort_values(["time_s"], kind="stable", ignore_index=True)
+
+
+def _phases(frame: pd.DataFrame, spans: list[Span]) -> pd.Series[str]:
+    phases = frame["phase"].to_numpy(dtype=object, copy=True)
+    untold = (frame["phase"] == "").to_numpy() & (frame["process"] != "driver").to_numpy()
+    for rank in {span.rank for span in spans}:
+        own = sorted((s for s in spans if s.rank == rank and s.span != "mark"), key=lambda s: s.start_s)
+        rows = np.flatnonzero(untold & (frame["rank"] == rank).to_numpy())
+        times = frame["time_s"].to_numpy()[rows]
+        latest = np.searchsorted([s.start_s for s in own], times, side="right") - 1  # the span begun last before each sample
+        for row, time_s, i in zip(rows, times, latest, strict=True):
+            if i >= 0:
+                phases[row] = own[i].span if time_s <= own[i].end_s else "asleep" if own[i].span == "sleep" else ""
+    return pd.Series(phases, index=frame.index, dtype="str")
 
 
 def sleep_frame(sleeps: Iterable[SleepReport]) -> pd.DataFrame:

@@ -105,7 +105,7 @@ class Run:
         """A row a process and time: time_s, rank, pid, process, rss_bytes, pss_bytes, device_used_bytes, phase."""
         from workbench.frames import memory_frame
 
-        return memory_frame(self.samples, start_s=self.start_s)
+        return memory_frame(self.samples, self.spans, start_s=self.start_s)
 
     @cached_property
     def sleep_report(self) -> pd.DataFrame:
