@@ -1,4 +1,4 @@
-# The project's commands. Each makes the environment first if it is not there; `make setup DEVICE=gpu` chooses another, PYTHON= the Python it is made with.
+# The project's commands. Each makes the environment first if it is not there; PYTHON= names the Python that it is made with.
 PYTHON = python3
 VENV = .venv
 DEVICE =
@@ -21,7 +21,7 @@ demo: ready  ## a rollout over 4 ranks with a real engine that sleeps, with tabl
 	@$(BIN)/workbench demo
 
 lab: ready  ## JupyterLab on notebooks/, on loopback only
-	@$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks
+	@$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
 
 test: ready  ## the tests
 	@$(BIN)/python -m pytest
