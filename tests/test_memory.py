@@ -75,6 +75,30 @@ def test_it_samples_at_its_interval():
     assert took_s >= 0.4  # eleven samples are ten intervals; the first may come before the watch
 
 
+def test_readings_that_cost_much_are_rare_and_the_curve_still_moves_at_once(child, monkeypatch):
+    num_readings = 0
+
+    def costly(pid: int) -> int:
+        nonlocal num_readings
+        num_readings += 1
+        time.sleep(0.05)
+        return read_pss_bytes(pid)
+
+    monkeypatch.setattr("workbench.rollout.memory.read_pss_bytes", costly)
+    sampler = MemorySampler()
+    sampler.watch(child.pid, "engine")
+    sampler.sample()
+    tell(child)
+    for _ in range(5):
+        sampler.sample()
+    assert num_readings == 1  # the next one is due 0.5 s after the first
+    first, *later = [s.pss_bytes for s in sampler.samples]
+    assert all(60 * MIB < pss - first < 80 * MIB for pss in later)
+    time.sleep(0.6)
+    sampler.sample()
+    assert num_readings == 2 and sampler.samples[-1].pss_bytes == pytest.approx(later[-1], abs=8 * MIB)
+
+
 def test_processes_of_one_tick_carry_one_time(child):
     sampler = MemorySampler()
     sampler.watch(os.getpid(), "driver")
