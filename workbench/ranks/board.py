@@ -211,7 +211,9 @@ class Board:
     def take_back(self, rank: int, key: int) -> None:
         """Undo `begin` of a collective that never reached gloo, so that counts agree with peers again."""
         slot = self._claim(rank, key)
+        ring = self._words[slot + 1] % _RING
         self._words[slot + 1] -= 1
+        self._words[slot + 2 + 2 * ring] = 0  # else a peer that comes later would compare itself with what never happened
         self.move(rank, AreaState.NOWHERE)
 
     def wait(self, rank: int, key: int, sequence: int, peers: Sequence[int], is_stopped: Callable[[], bool]) -> None:
@@ -243,6 +245,10 @@ class Board:
                 size = self._bytes[start]
                 found[member] = bytes(self._bytes[start + 1 : start + 1 + size]).decode(errors="replace")
         return found
+
+    def has_arrived(self, key: int, sequence: int, peers: Sequence[int]) -> bool:
+        """Whether every peer has begun this collective, and none has taken that back."""
+        return all(self.count(peer, key) >= sequence for peer in peers)
 
     def is_same(self, key: int, sequence: int, text: bytes, peers: Sequence[int]) -> bool:
         """Whether every peer posted the same text for a collective (as far as it is still on the board)."""

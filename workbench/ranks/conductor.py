@@ -77,13 +77,12 @@ class Conductor:
         """End a cell; a second stop while the first is under way goes straight to the last resort."""
         self._later(lambda: self._stop(cell, reason))
 
-    def replace(self, rank: int, link: Link) -> None:
-        """Put a fresh link in a dead rank's place."""
+    def replace(self, rank: int, old: Link, link: Link) -> None:
+        """Listen to a fresh link in place of a dead rank's; the caller puts it in `links`."""
 
         def put() -> None:
-            self._detach(self.links[rank])
-            self.links[rank].close()
-            self.links[rank] = link
+            self._detach(old)
+            old.close()
             self._attach(link)
 
         self._later(put)

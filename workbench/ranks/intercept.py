@@ -16,6 +16,7 @@ import os
 import sys
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,11 +84,13 @@ class Interceptor:
     def install(self) -> None:
         """Take over the operators and the making of groups."""
         remember_reduce_ops()
-        for name, operation in OPERATIONS.items():
-            kernel = torch.library.get_kernel(f"c10d::{name}", "CPU")
-            library = torch.library.Library("c10d", "IMPL")
-            library.impl(name, functools.partial(self._collective, name, operation, kernel), "CPU", with_keyset=True, allow_override=True)
-            self._libraries.append(library)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that a kernel is overridden: that is the purpose
+            for name, operation in OPERATIONS.items():
+                kernel = torch.library.get_kernel(f"c10d::{name}", "CPU")
+                library = torch.library.Library("c10d", "IMPL")
+                library.impl(name, functools.partial(self._collective, name, operation, kernel), "CPU", with_keyset=True, allow_override=True)
+                self._libraries.append(library)
         c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
         for name in ("send", "recv"):
             wrapped = self._blocking(getattr(c10d, name))
@@ -155,8 +158,13 @@ class Interceptor:
             self._local.is_blocking = True
             try:
                 return call(*args, **kwargs)
+            except RuntimeError:
+                if self.was_shut:
+                    raise Freed(f"freed from {call.__name__}: the cell was stopped") from None
+                raise
             finally:
                 self._local.is_blocking = False
+                self.board.move(self.rank, AreaState.NOWHERE)
 
         return wrapped
 
@@ -206,14 +214,15 @@ class Interceptor:
         self.board.move(self.rank, AreaState.IN_GLOO)
         try:
             out = call()
-            if is_blocking:
+            if is_blocking and not operation.is_point_to_point:  # gloo hangs when a send or recv is waited for twice
                 dist.Work.unbox(out[-1] if isinstance(out, tuple) else out).wait()
         except RuntimeError:
             if self.was_shut:
                 raise Freed(f"freed from {text}: the cell was stopped") from None
             raise
         finally:
-            self.board.move(self.rank, AreaState.NOWHERE)
+            if not (is_blocking and operation.is_point_to_point):
+                self.board.move(self.rank, AreaState.NOWHERE)
         row = (_INDEX[name], key, sequence, num_bytes(args), started, arrived, time.monotonic_ns(), self.board.cell(self.rank) << 20 | line)
         self.board.note(self.rank, row)
         return out
@@ -232,10 +241,13 @@ class Interceptor:
     def _meet(self, operation: Operation, key: int, sequence: int, text: str, peers: Sequence[int], group: KnownGroup, *, waits: bool) -> None:
         """Wait for the peers, then compare what each is about to do."""
         try:
-            if waits:
-                self.board.wait(self.rank, key, sequence, peers, self._is_stopped)
-            if not operation.is_point_to_point and not self.board.is_same(key, sequence, text.encode(), peers):
-                raise CollectiveMismatch(self._mismatch(key, sequence, group), rank=self.rank)
+            while True:
+                if waits:
+                    self.board.wait(self.rank, key, sequence, peers, self._is_stopped)
+                if not operation.is_point_to_point and not self.board.is_same(key, sequence, text.encode(), peers):
+                    raise CollectiveMismatch(self._mismatch(key, sequence, group), rank=self.rank)
+                if not waits or self.board.has_arrived(key, sequence, peers):
+                    return  # else a peer met a mismatch and went back between our wait and our look
         except Stopped:
             self.board.take_back(self.rank, key)
             raise Freed(f"freed from {text}: the cell was stopped") from None

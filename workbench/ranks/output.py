@@ -40,7 +40,7 @@ class OutputPipe:
             if not piece:
                 return False
             self._pieces.append(piece)
-            self.tail = (self.tail + piece)[-4096:]
+            self.tail = (self.tail + piece)[-16384:]
             if on_text is not None:
                 on_text(piece)
 

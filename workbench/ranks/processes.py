@@ -86,8 +86,8 @@ class Processes:
         """Start a fresh process in a dead rank's place."""
         link = Link(rank)
         self.conductor.startup_errors.pop(rank, None)
+        self.conductor.replace(rank, self.links[rank], link)
         self.links[rank] = link
-        self.conductor.replace(rank, link)
         self._launch(link, generation)
 
     def are_ready(self) -> bool:

@@ -48,6 +48,7 @@ def shut(chosen: Iterable[Connection]) -> int:
                 continue
             with socket.socket(fileno=os.dup(connection.fd)) as sock:
                 if sock.family in (socket.AF_INET, socket.AF_INET6):
+                    sock.getpeername()  # fails on a listener: gloo gives up the process when accept fails
                     sock.shutdown(socket.SHUT_RDWR)
                     num_shut += 1
         except OSError:
