@@ -28,7 +28,9 @@ _HOMES = {
     "workbench.plan.partition": "divide partition_layers split_tensor",
     "workbench.ranks.group": "Group",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
+    "workbench.rollout.hf_engine": "HFEngine",
     "workbench.rollout.pipeline": "GroupedRollout RootedRollout",
+    "workbench.rollout.vllm_engine": "VLLMEngine",
     "workbench.run": "Run load_run runs",
 }
 _SUBPACKAGES = ("models", "view")

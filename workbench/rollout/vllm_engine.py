@@ -6,11 +6,13 @@ an engine is made. Knows vLLM. Does not know ranks, prompts' origins beyond thei
 
 from __future__ import annotations
 
+import atexit
 import difflib
+import logging
 import os
-import shutil
 import tempfile
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,13 +25,15 @@ import torch
 
 from workbench import models
 from workbench.errors import EngineError
-from workbench.records import EngineMemory, EngineStatus, FinishReason, Prompt, RolloutBatch, Sampling
-from workbench.rollout.batch import Completion, empty_batch, pack_completions
+from workbench.records import FinishReason, Prompt, Sampling
+from workbench.rollout.batch import Completion
 from workbench.rollout.checkpoint import Checkpoint
-from workbench.rollout.engine import Origin, PhaseTimes
+from workbench.rollout.engine import PhaseTimes
 from workbench.rollout.guard import last_lines, log_to, output_to, process_state_kept
+from workbench.rollout.local_engine import LocalEngine
 from workbench.rollout.own_world import OwnWorld
-from workbench.rollout.requests import Request, expand, prompt_hash, sample_seed
+from workbench.rollout.reader import PromptReader
+from workbench.rollout.requests import Request, prompt_hash
 from workbench.rollout.sleep import TAGS, default_backup_dir, tidy
 
 __all__ = ["VLLM_VERSIONS", "VLLMEngine", "default_kv_cache_bytes", "reload_checkpoint"]
@@ -54,6 +58,12 @@ _QUIET = {"VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _live: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()  # vLLM's groups are globals of the process; the last engine takes them down
 
 
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_live):
+        engine.close()
+
+
 def default_kv_cache_bytes(num_engines: int = 1, *, device: str = "cpu") -> int:
     """KV cache of one engine when nobody says: min(1 GiB, 10 % of what is free) / engines, bytes."""
     return int(min(2**30, 0.1 * _free_bytes(device)) / num_engines)
@@ -63,7 +73,7 @@ def _free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available)
 
 
-class VLLMEngine:
+class VLLMEngine(LocalEngine):
     """One vLLM in this process.
 
     With tp > 1 every member of `process_group` makes one at the same time, holds its share of the weights, and must then make the same
@@ -101,18 +111,12 @@ class VLLMEngine:
         engine_options: Mapping[str, Any] | None = None,
         device: str = "auto",
     ) -> None:
+        super().__init__(str(models.path(model)))
         self._llm: Any = None
-        self._asleep: frozenset[str] = frozenset()
-        self._level: int | None = None  # of the sleep that lasts; 0 is a pause
-        self._version = 0
-        self._death = ""
-        self._num_calls = 0
         self._tp = tp
-        self._model = str(models.path(model))
         group = _group_of(process_group, tp)
-        self._folder = Path(tempfile.mkdtemp(prefix="workbench-engine-", dir=backup_dir or default_backup_dir()))
-        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, True)
-        self._log_path = Path(log_path) if log_path is not None else self._folder / "vllm.log"
+        self._backup_dir = Path(backup_dir or default_backup_dir())
+        self._log_path, self._owns_log = _log_file(log_path)
         try:
             with output_to(self._log_path), process_state_kept(_QUIET):
                 self._device = _device(device)
@@ -130,14 +134,14 @@ class VLLMEngine:
                 "seed": seed,
                 "enforce_eager": True,
                 "use_tqdm_on_load": False,
-                **_device_options(self._device, tp, self._folder),
+                **_device_options(self._device, tp, self._backup_dir),
                 **(engine_options or {}),
             }
             self._start(options, group)
         except BaseException:
+            self._owns_log = False  # the error names it
             self.close()
             raise
-        _live.add(self)
 
     def _start(self, options: dict[str, Any], group: Any) -> None:
         if any(engine._tp > 1 or self._tp > 1 for engine in _live):
@@ -159,142 +163,24 @@ class VLLMEngine:
                     f"vLLM did not start with model {self._model!r}: {type(error).__name__}: {error}\n"
                     f"its log is {self._log_path}; it ends with\n{last_lines(self._log_path)}"
                 ) from error
-        self._tokenizer = self._llm.get_tokenizer()
-        self._max_model_len = int(self._llm.llm_engine.model_config.max_model_len)
+        limit = int(self._llm.llm_engine.model_config.max_model_len)
+        self._reader = PromptReader(self._llm.get_tokenizer(), self._model, limit)
         self._bytes = dict(zip(TAGS, self._rpc(_held_bytes), strict=True))
-        self._entropy = self._world.seed
+        self._entropy = self._world.seed  # the members of a group draw the same
+        self._is_started = True
+        _live.add(self)
         tidy()
 
-    def __repr__(self) -> str:
-        share = f", tp={self._tp}" if self._tp > 1 else ""
-        return f"<VLLMEngine {self._model}{share} on {getattr(self, '_device', '?')}: {self.status}, weights version {self._version}>"
-
-    @property
-    def status(self) -> EngineStatus:
-        if self._llm is None or self._death:
-            return EngineStatus.DEAD
-        if self._level is None:
-            return EngineStatus.AWAKE
-        return EngineStatus.WEIGHTS_ONLY if self._asleep == {"kv_cache"} else EngineStatus.ASLEEP
-
-    @property
-    def is_sleeping(self) -> bool:
-        return self._level is not None
-
-    @property
-    def weight_version(self) -> int:
-        return self._version
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        sampling: Sampling,
-        *,
-        num_samples: Sequence[int] | None = None,
-        origins: Sequence[Origin] | None = None,
-        step: int = 0,
-    ) -> RolloutBatch:
-        """See `Engine.generate`."""
-        self._check_awake("generate")
-        try:
-            requests = expand(prompts, sampling, num_samples=num_samples, origins=origins, step=step)
-        except ValueError as error:
-            raise EngineError(str(error)) from error
-        if not prompts:
-            return empty_batch(with_logprobs=sampling.logprobs)
-        inputs = self._read_prompts(prompts, origins)
-        outputs = self._run([inputs[r.prompt_index] for r in requests], self._params(requests, sampling))
-        lengths = [len(i.get("prompt_token_ids", ())) for i in inputs]
+    def _complete(
+        self, requests: Sequence[Request], ids: Sequence[list[int] | None], sampling: Sampling, lengths: list[int]
+    ) -> list[Completion]:
+        inputs = [_input(request.prompt, ids[request.prompt_index]) for request in requests]
+        outputs = self._run(inputs, _sampling_params(requests, sampling))
         for request, output in zip(requests, outputs, strict=True):
             lengths[request.prompt_index] = len(output.prompt_token_ids)
-        return pack_completions(
-            prompts,
-            requests,
-            [_completion(*pair, inputs, sampling.logprobs) for pair in zip(requests, outputs, strict=True)],
-            num_prompt_tokens=lengths,
-            weight_version=self._version,
-            with_logprobs=sampling.logprobs,
-        )
-
-    def _check_awake(self, verb: str) -> None:
-        self._check_alive()
-        if self._level is not None:
-            raise EngineError(f"{verb}: the engine is {self._asleep_text()}\ncall wake_up() first, or it would wait for ever")
-
-    def _check_alive(self) -> None:
-        if self.status is EngineStatus.DEAD:
-            raise EngineError(f"the engine is dead: {self._death or 'it was closed'}\nstart another")
-
-    def _asleep_text(self) -> str:
-        what = f"; {' and '.join(sorted(self._asleep))} sleep" if self._asleep else ""
-        return f"asleep (sleep level {self._level}{what})"
-
-    def _read_prompts(self, prompts: Sequence[Prompt], origins: Sequence[Origin] | None) -> list[dict[str, Any]]:
-        """What vLLM is given for each prompt: its token ids, so that lengths are checked first and what comes back can be compared."""
-        texts = [p for p in prompts if isinstance(p, str)]
-        ids = iter(self._tokenizer(texts, verbose=False).input_ids if texts else [])
-        inputs: list[dict[str, Any]] = []
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, dict):
-                inputs.append(self._read_dict(prompt))
-            else:
-                inputs.append({"prompt_token_ids": next(ids) if isinstance(prompt, str) else [int(t) for t in prompt]})
-            origin = origins[index] if origins is not None else Origin(rank=0, index=index)
-            self._check_length(inputs[-1], origin)
-        return inputs
-
-    def _read_dict(self, prompt: dict[str, Any]) -> dict[str, Any]:
-        if "messages" in prompt:
-            try:
-                read = self._tokenizer.apply_chat_template(prompt["messages"], add_generation_prompt=True, tokenize=True, return_dict=True)
-            except ValueError as error:
-                raise EngineError(f"chat messages need a chat template, and {self._model} has none: {error}\npass text instead") from error
-            return {"prompt_token_ids": read["input_ids"]}
-        if images := list(prompt.get("images") or ()):
-            return {"prompt": prompt["prompt"], "multi_modal_data": {"image": images}}
-        return {"prompt_token_ids": self._tokenizer(prompt["prompt"], verbose=False).input_ids}
-
-    def _check_length(self, given: dict[str, Any], origin: Origin) -> None:
-        if "prompt_token_ids" not in given:
-            return  # images are counted by vLLM
-        length = len(given["prompt_token_ids"])
-        if not 0 < length < self._max_model_len:
-            raise EngineError(
-                f"prompt {origin.index} of rank {origin.rank} has {length} tokens\n"
-                f"the model reads 1 to {self._max_model_len - 1} ({self._max_model_len} with at least one token of the completion)\n"
-                "pass another prompt, or start the engine with another max_model_len"
-            )
-
-    def _params(self, requests: Sequence[Request], sampling: Sampling) -> list[Any]:
-        from vllm import SamplingParams
-
-        options = {
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "min_tokens": sampling.min_tokens,
-            "stop": list(sampling.stop),
-            "ignore_eos": sampling.ignore_eos,
-            "logprobs": 0 if sampling.logprobs else None,  # 0: the sampled token alone
-            "flat_logprobs": sampling.logprobs,
-        }
-        if sampling.temperature == 0.0:
-            return [SamplingParams(**options)] * len(requests)
-        self._num_calls += 1
-        return [SamplingParams(**options, seed=self._seed(request)) for request in requests]
-
-    def _seed(self, request: Request) -> int | None:
-        """A sample's own seed; without one, a fresh one that all members of a group agree on and the process's generators never see."""
-        if request.seed is not None:
-            return request.seed
-        here = Origin(rank=request.origin.rank, index=request.prompt_index)  # origins may repeat, places in the call may not
-        return sample_seed(self._entropy, self._num_calls, here, request.sample_index)
+        return [_completion(r, o, ids[r.prompt_index], sampling.logprobs) for r, o in zip(requests, outputs, strict=True)]
 
     def _run(self, inputs: list[dict[str, Any]], params: list[Any]) -> list[Any]:
-        if not inputs:
-            return []
         try:
             with self._entered():
                 return list(self._llm.generate(inputs, params, use_tqdm=False))
@@ -319,94 +205,48 @@ class VLLMEngine:
     def _entered(self) -> Iterator[None]:
         """vLLM's collectives look their groups up in the default world; alone it makes none.
 
-        On a CPU its few compiled helpers run as they are: compiling each for each batch size takes 2 to 5 s and a C++ compiler.
+        On a CPU its few compiled helpers run as they are: compiling each for each batch size takes 2 to 5 s and a C++ compiler. And its
+        sampler draws from the process's generator even when every request has its own, so that one is put back.
         """
         with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
             if self._tp > 1:
                 stack.enter_context(self._world.entered())
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", category=FutureWarning)  # vLLM calls collectives by their old names
             if self._device == "cpu":
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
 
-    def sleep(self, level: int = 1) -> PhaseTimes:
-        """Give memory back: level 0 pauses only, 1 keeps the weights in a private file (on a GPU in host memory), 2 discards them.
+    def _sleep(self, level: int, tags: Sequence[str]) -> PhaseTimes:
+        return self._timed(lambda: self._llm.sleep(level=level), tags, tidy_first=False)
 
-        At level 2 the checkpoint is read again on wake. After `update_weights` nobody else holds the weights, so level 2 then keeps them
-        as level 1 does, at its cost.
+    def _wake_up(self, tags: Sequence[str]) -> PhaseTimes:
+        return self._timed(lambda: self._wake(tags), tags, tidy_first=True)
 
-        Raises:
-            EngineError: the level is none of 0, 1, 2, the backup has no room, or the engine is dead.
-        """
-        self._check_alive()
-        if level not in (0, 1, 2):
-            raise EngineError(f"sleep level {level!r} is none of 0 (pause), 1 (weights kept) and 2 (weights discarded)")
-        if self._level is not None and (level == 0 or "weights" in self._asleep):
-            return _no_op(self._level, f"already asleep at level {self._level}; wake_up() first to sleep at another")
-        effective = 1 if level == 2 and self._version > 0 else level
-        awake = [tag for tag in TAGS if tag not in self._asleep]
-        times = self._timed(lambda: self._llm.sleep(level=effective), level, awake if level else [], tidy_first=False)
-        self._level, self._asleep = level, frozenset(TAGS if level else ())
-        self._kept_on_host = effective == 1
-        return times
-
-    def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
-        """Bring back "weights", "kv_cache" or, with None, all; the note says what was awake already.
-
-        Raises:
-            EngineError: an unknown tag, or the engine is dead.
-        """
-        self._check_alive()
-        if unknown := set(tags or ()) - set(TAGS):
-            raise EngineError(f"wake_up has no tag {sorted(unknown)[0]!r}\ntags are 'weights' and 'kv_cache'; None wakes both")
-        if self._level is None:
-            return _no_op(0, "already awake")
-        wanted = [tag for tag in TAGS if tag in self._asleep and (tags is None or tag in tags)]
-        if self._asleep and not wanted:
-            return _no_op(self._level, f"{' and '.join(tags or ())} is awake already; asleep: {', '.join(sorted(self._asleep))}")
-        level = self._level
-        times = self._timed(lambda: self._wake(wanted), level, wanted, tidy_first=True)
-        self._asleep -= set(wanted)
-        self._level = level if self._asleep else None
-        left = [tag for tag in tags or () if tag not in wanted]
-        return replace(times, note=f"{' and '.join(left)} was awake already") if left else times
-
-    def _wake(self, tags: list[str]) -> None:
-        self._llm.wake_up(tags or ["scheduling"])
-        if "weights" in tags and not self._kept_on_host and self._device != "cpu":
+    def _wake(self, tags: Sequence[str]) -> None:
+        self._llm.wake_up(list(tags) or ["scheduling"])
+        if "weights" in tags and not self._is_kept and self._device != "cpu":
             self._rpc(reload_checkpoint)
 
-    def _timed(self, call: Callable[[], Any], level: int, tags: Sequence[str], *, tidy_first: bool) -> PhaseTimes:
+    def _timed(self, call: Callable[[], Any], tags: Sequence[str], *, tidy_first: bool) -> PhaseTimes:
         """Run a sleep or wake. On a CPU the worker tells its parts; on a GPU vLLM moves both at once, and all counts as weights."""
         tidy_s = _tidy(self._device) if tidy_first else 0.0
         start = time.monotonic()
         with self._entered():
             call()
-        spent = time.monotonic() - start
+        spent_s = time.monotonic() - start
         tidy_s += 0.0 if tidy_first else _tidy(self._device)
         if tags and self._device == "cpu":
             phase: PhaseTimes = self._rpc(_last_phase)
-            return replace(phase, level=level, tidy_s=phase.tidy_s + tidy_s)
+            return replace(phase, tidy_s=phase.tidy_s + tidy_s)
         weights, kv_cache = (self._bytes[tag] if tag in tags else 0 for tag in TAGS)
-        return PhaseTimes(
-            level=level, weights_s=spent if tags else 0.0, kv_cache_s=0.0, tidy_s=tidy_s, weights_bytes=weights, kv_cache_bytes=kv_cache
-        )
+        return PhaseTimes(level=0, weights_s=spent_s, kv_cache_s=0.0, tidy_s=tidy_s, weights_bytes=weights, kv_cache_bytes=kv_cache)
 
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See `Engine.update_weights`. With tp > 1 every member passes the same full tensors."""
-        self._check_alive()
-        if "weights" in self._asleep:
-            raise EngineError(f"update_weights: the engine is {self._asleep_text()}\ncall wake_up(['weights']) first")
-        if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-            raise EngineError(f"update_weights(version={version!r}): a version is an int of at least 1; 0 is the checkpoint")
-        checked = self._checkpoint.check(named_tensors)
-        try:
-            with self._entered():
-                self._rpc(_load_tensors, checked)
-                self._reset_caches()
-        except BaseException as error:
-            self._death = f"weights of version {version} were written in part: {type(error).__name__}: {error}"
-            raise EngineError(f"the engine is dead: {self._death}\nstart another") from error
-        self._version = version
+    def _load(self, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+        with self._entered():
+            self._rpc(_load_tensors, named_tensors)
+            self._reset_caches()
 
     def _reset_caches(self) -> None:
         """What was computed with other weights must not be reused."""
@@ -417,24 +257,11 @@ class VLLMEngine:
         if hasattr(engine, "reset_encoder_cache"):
             engine.reset_encoder_cache()
 
-    def memory(self) -> EngineMemory:
-        """See `EngineMemory`; `other_bytes` holds Python, torch and vLLM themselves."""
-        alive = self.status is not EngineStatus.DEAD
-        weights, kv_cache = (self._bytes[tag] if alive and tag not in self._asleep else 0 for tag in TAGS)
-        is_kept = alive and "weights" in self._asleep and self._kept_on_host
-        if alive and self._device == "cuda":
-            free, total = torch.cuda.mem_get_info()
-            used = total - free
-        else:
-            used = psutil.Process().memory_full_info().pss
-        return EngineMemory(
-            rank=_own_rank(),
-            pid=os.getpid(),
-            weights_bytes=weights,
-            kv_cache_bytes=kv_cache,
-            other_bytes=max(0, used - weights - kv_cache),
-            host_backup_bytes=self._bytes["weights"] if is_kept else 0,
-        )
+    def _used_bytes(self) -> int:
+        if getattr(self, "_device", "cpu") != "cuda":
+            return super()._used_bytes()
+        free, total = torch.cuda.mem_get_info()
+        return total - free
 
     def close(self) -> None:
         """Give everything back, files included; may be called twice."""
@@ -449,11 +276,11 @@ class VLLMEngine:
                     _take_groups_down()
             world.close()
         if log := self.__dict__.pop("_log", None):
-            import logging
-
             logging.getLogger("vllm").removeHandler(log)
             log.close()
-        self._remove_folder()
+        if self._owns_log:
+            self._log_path.unlink(missing_ok=True)
+        self._is_started = False
         tidy()
 
     def _rpc(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -477,10 +304,13 @@ def _group_of(process_group: Any, tp: int) -> Any:
     return group
 
 
-def _own_rank() -> int:
-    import torch.distributed as dist
-
-    return dist.get_rank() if dist.is_initialized() else -1
+def _log_file(path: str | os.PathLike[str] | None) -> tuple[Path, bool]:
+    """Where the log goes, and whether it is ours to remove."""
+    if path is not None:
+        return Path(path), False
+    number, name = tempfile.mkstemp(prefix="workbench-engine-", suffix=".log")
+    os.close(number)
+    return Path(name), True
 
 
 def _device(wanted: str) -> str:
@@ -553,10 +383,37 @@ def _environment(world: OwnWorld) -> dict[str, str | None]:
     }
 
 
-def _completion(request: Request, output: Any, inputs: Sequence[dict[str, Any]], with_logprobs: bool) -> Completion:
+def _input(prompt: Prompt, ids: list[int] | None) -> dict[str, Any]:
+    """What vLLM is given: token ids, so that what comes back can be compared; a prompt with images as it is."""
+    if ids is not None:
+        return {"prompt_token_ids": ids}
+    assert isinstance(prompt, dict)
+    return {"prompt": prompt["prompt"], "multi_modal_data": {"image": list(prompt["images"])}}
+
+
+def _sampling_params(requests: Sequence[Request], sampling: Sampling) -> list[Any]:
+    from vllm import SamplingParams
+
+    options = {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "min_tokens": sampling.min_tokens,
+        "stop": list(sampling.stop),
+        "ignore_eos": sampling.ignore_eos,
+        "logprobs": 0 if sampling.logprobs else None,  # 0: the sampled token alone
+        "flat_logprobs": sampling.logprobs,
+    }
+    if sampling.temperature == 0.0:
+        return [SamplingParams(**options)] * len(requests)
+    return [SamplingParams(**options, seed=request.seed) for request in requests]
+
+
+def _completion(request: Request, output: Any, sent: list[int] | None, with_logprobs: bool) -> Completion:
     """One completion, with the hash of the prompt that vLLM says it read."""
     done = output.outputs[0]
-    sent = inputs[request.prompt_index].get("prompt_token_ids")
     is_same = sent is None or output.prompt_token_ids == sent
     return Completion(
         tokens=done.token_ids,
@@ -572,10 +429,6 @@ def _logprobs(done: Any) -> list[float | None]:
     """The sampled token's logprob at each position; each position's first entry is the sampled token."""
     flat = done.logprobs
     return [flat.logprobs[start] if end > start else None for start, end in zip(flat.start_indices, flat.end_indices, strict=True)]
-
-
-def _no_op(level: int, note: str) -> PhaseTimes:
-    return PhaseTimes(level=level, weights_s=0.0, kv_cache_s=0.0, tidy_s=0.0, weights_bytes=0, kv_cache_bytes=0, note=note)
 
 
 def _tidy(device: str) -> float:

@@ -22,7 +22,7 @@ from workbench.rollout.vllm_engine import reload_checkpoint
 __all__ = ["SleepingCPUWorker"]
 
 
-class SleepingCPUWorker(CPUWorker):
+class SleepingCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM has no types here
     """Plain parameters, gloo between the members, and a `Sleeper` over weights and KV cache."""
 
     phase: PhaseTimes | None = None
