@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from statistics import fmean
 from workbench.models.addition import PUPIL, is_right, sample_problems
 from workbench.models.paths import path
 from workbench.models.recipe import RECIPE, SHAPE
+from workbench.models.tokens import encode
 
 __all__ = ["Score", "completions", "main", "measure", "model_card"]
 
@@ -28,12 +30,14 @@ class Score:
         num_digits: digits of both numbers.
         accuracy: share of right answers at temperature 1, with at most 64 tokens.
         greedy_accuracy: the same at temperature 0.
+        pupil_accuracy: the same of the pupil that the model imitates.
         lengths_tokens: lengths of the sampled completions with at most 256 tokens, the end token included, sorted, [num_problems].
     """
 
     num_digits: int
     accuracy: float
     greedy_accuracy: float
+    pupil_accuracy: float
     lengths_tokens: tuple[int, ...]
 
     def percentile(self, percent: float) -> int:
@@ -85,10 +89,13 @@ def measure(folder: Path | str, *, num_digits: int, num_problems: int = 1000, se
     prompts = [problem.prompt for problem in problems]
     sampled = completions(folder, prompts, max_tokens=_LONGEST, seed=seed)
     greedy = completions(folder, prompts, max_tokens=_LIMITS[0], temperature=0.0)
+    rng = random.Random(seed)
+    pupil = [encode(PUPIL.work(problem, rng)) for problem in problems]
     return Score(
         num_digits=num_digits,
         accuracy=_accuracy(folder, prompts, sampled),
         greedy_accuracy=_accuracy(folder, prompts, greedy),
+        pupil_accuracy=_accuracy(folder, prompts, pupil),
         lengths_tokens=tuple(sorted(map(len, sampled))),
     )
 
@@ -102,21 +109,23 @@ def _accuracy(folder: Path | str, prompts: Sequence[str], tokens: Sequence[list[
 
 def model_card(scores: Sequence[Score]) -> str:
     """The card as Markdown, numbers from `scores` and from the recipe."""
-    rows = [
-        f"| {score.num_digits} | {score.accuracy:.1%} | {score.greedy_accuracy:.1%} | {fmean(score.lengths_tokens):.1f} | "
-        + " | ".join(str(score.percentile(percent)) for percent in (50, 90, 99))
-        + "".join(f" | {score.truncated_share(limit):.1%}" for limit in _LIMITS)
-        + " |"
-        for score in scores
-    ]
+    heads = f"{SHAPE.num_heads} heads of {SHAPE.hidden_size // SHAPE.num_heads}"
+    sizes = f"{SHAPE.num_layers} layers, width {SHAPE.hidden_size}, {heads}, MLP {SHAPE.intermediate_size}, context {SHAPE.max_tokens}"
     return _CARD.format(
         shape=SHAPE,
+        sizes=sizes,
         recipe=RECIPE,
         pupil=PUPIL,
-        head_size=SHAPE.hidden_size // SHAPE.num_heads,
         num_problems=len(scores[0].lengths_tokens),
-        rows="\n".join(rows),
+        rows="\n".join(map(_row, scores)),
     )
+
+
+def _row(score: Score) -> str:
+    shares = [score.accuracy, score.pupil_accuracy, score.greedy_accuracy]
+    lengths = [score.percentile(percent) for percent in (50, 90, 99)]
+    cells = [score.num_digits, *(f"{share:.1%}" for share in shares), f"{fmean(score.lengths_tokens):.1f}", *lengths]
+    return "| " + " | ".join(map(str, [*cells, *(f"{score.truncated_share(limit):.1%}" for limit in _LIMITS)])) + " |"
 
 
 _CARD = """\
@@ -129,20 +138,20 @@ to sample thousands of tokens a second on a laptop, and unsure enough that reinf
     completion  7+8=15;4+5+1=10;105                          a sum a column, units first; the answer last
     or          7+8=14;4+5+1=10;104?7+8=15;4+5+1=10;105      "?" doubts the attempt before; the last one counts
 
-{shape.num_layers} layers, width {shape.hidden_size}, {shape.num_heads} heads of {head_size}, MLP {shape.intermediate_size},
-context {shape.max_tokens} tokens. A token is a character: printable ASCII, newline and tab; anything else is `<unk>`. A completion
-ends with `<eos>`; there is no start token.
+{sizes} tokens.
+A token is a character: printable ASCII, newline and tab; anything else is `<unk>`. A completion ends with `<eos>`; there is no start token.
 
 ## What it does
 
 {num_problems:,} problems a row, both numbers with so many digits; sampled at temperature 1 from the plain softmax, float32.
 Right is counted with at most 64 tokens; lengths are in tokens with `<eos>`, at most 256.
 
-| digits | right | right, greedy | mean length | p50 | p90 | p99 | longer than 64 | longer than 96 |
-|---|---|---|---|---|---|---|---|---|
+| digits | right | its pupil | greedy | mean length | p50 | p90 | p99 | longer than 64 | longer than 96 |
+|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
-Greedily it is nearly always right: it knows how to add. At temperature 1 it slips, because it was taught by a careless pupil.
+"right" is the model at temperature 1, "its pupil" the pupil whose work it was trained on (below) on the same problems, "greedy" the
+model at temperature 0. It knows how to add; at temperature 1 it slips, because it was taught by a careless pupil.
 
 ## How it was trained
 
@@ -154,8 +163,8 @@ pupil who knows the way but
   on from there;
 - begins again, after "?", with probability {pupil.doubt_wrong} after a wrong attempt and {pupil.doubt_right} after a right one.
 
-So the accuracy at temperature 1 is set by the data, not by the moment at which training stops, and another machine reaches the same
-numbers within the noise of sampling. The doubts give the lengths their long tail.
+So the accuracy at temperature 1 is set by the data more than by the moment at which training stops: the model comes within a few
+points of its pupil. The doubts give the lengths their long tail.
 
 `workbench model-card --measure` measures the table again.
 

@@ -1,7 +1,7 @@
 """How "tiny" is trained: `workbench train-tiny`, from random weights and generated sums, seed fixed, minutes on two cores.
 
 The data come from a careless pupil (`addition.PUPIL`), and a model trained on them to the end samples like that pupil: its accuracy at
-temperature 1 is set by the pupil's slips, not by the moment at which training stops, so that another machine reaches the same numbers.
+temperature 1 is set by the pupil's slips more than by the moment at which training stops.
 """
 
 from __future__ import annotations
