@@ -230,13 +230,13 @@ def stack_heights(ax: Axes) -> list[float]:
 
 def test_layers_are_the_processes_pss_never_rss():
     ax = make_run(num_ranks=2).plot_memory()
-    assert legend_labels(ax) == ["engine", "rank 0", "rank 1", "driver"]
+    assert legend_labels(ax) == ["engine", "rank 0", "rank 1", "driver", "asleep"]
     assert stack_heights(ax) == pytest.approx([mib / 1024 for mib in (300, 20, 21, 180)])
 
 
 def test_ranks_are_stacked_in_blocks_whose_heights_are_sums():
     ax = make_run(num_ranks=32).plot_memory()
-    assert legend_labels(ax) == ["engine", *(f"ranks {4 * i}-{4 * i + 3}" for i in range(8)), "driver"]
+    assert legend_labels(ax) == ["engine", *(f"ranks {4 * i}-{4 * i + 3}" for i in range(8)), "driver", "asleep"]
     assert stack_heights(ax)[1] == pytest.approx((20 + 21 + 22 + 23) / 1024)
 
 
@@ -260,6 +260,18 @@ def test_sleeps_wakes_and_marks_are_named_where_they_happened():
     ax = make_run().plot_memory()
     found = sorted((round(float(text.xy[0]), 2), text.get_text()) for text in ax.texts)  # type: ignore[attr-defined]
     assert found == [(0.0, "wake_up"), (1.9, "sleep"), (2.05, "after training"), (2.2, "wake_up"), (4.1, "sleep")]
+
+
+def test_the_time_asleep_is_shaded_also_when_its_many_steps_are_not_named():
+    shaded = [(round(bar.get_x(), 2), round(bar.get_width(), 2)) for bar in bars(make_run().plot_memory())]
+    assert shaded == [(1.9, 0.3), (4.1, 0.0)] and "asleep" in legend_labels(make_run().plot_memory())
+    ax = Run(batches={}, spans=make_spans(num_ranks=1, num_steps=9), memory=make_memory(num_ranks=1, duration_s=20)).plot_memory()
+    assert len(bars(ax)) == 9 and not ax.texts
+
+
+def test_one_sample_is_seen():
+    ax = Run(batches={}, memory=make_memory(num_ranks=1, duration_s=0.1)).plot_memory()
+    assert ax.get_xlim() == (0.0, 0.1) and sum(stack_heights(ax)) == pytest.approx(500)
 
 
 def test_device_memory_is_a_line_of_its_own():

@@ -61,7 +61,8 @@ def plot_lengths(
         stats = length_stats(lengths, good["finish_reason"].tolist())
         ax.set_xlabel("completion length, tokens")
         ax.set_ylabel("completions")
-        ax.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
         num_rows = label_times(ax, [(stats.median, f"median {stats.median:g}"), (stats.percentile(95), f"95 % ≤ {stats.percentile(95):g}")])
         set_finding(ax, _finding(stats, good, num_failed=len(frame) - len(good)), num_label_rows=num_rows)
         add_legend(ax, handles)

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch
 from workbench.view.style import (
     FULL_SIZE,
     PROCESS_COLORS,
+    SPAN_STYLES,
     RankBlock,
     add_legend,
     house_style,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_memory"]
 
 GIB, MIB = 2**30, 2**20
+MAX_NAMED_STEPS = 4  # of more, sleeps are shaded only
 
 
 def plot_memory(
@@ -59,7 +61,8 @@ def plot_memory(
         peak = float(max(layers.sum(axis=1).max(), _device_total(frame).max()))
         unit, unit_name = (GIB, "GiB") if peak >= GIB else (MIB, "MiB")
         handles = _draw_layers(ax, layers / unit, blocks) + _draw_device(ax, _device_total(frame) / unit)
-        ax.set_xlim(layers.index[0], max(layers.index[-1], layers.index[0] + 1e-3))
+        handles += _shade_sleep(ax, _asleep(spans, until_s=float(layers.index[-1])))
+        ax.set_xlim(layers.index[0], layers.index[-1])
         ax.set_ylim(0, peak / unit * 1.08)
         ax.set_ylabel(f"memory (PSS), {unit_name}")
         ax.set_xlabel("seconds since the run's start")
@@ -78,6 +81,8 @@ def _layers(frame: pd.DataFrame, blocks: Sequence[RankBlock]) -> pd.DataFrame:
     layer = frame["process"].where(frame["process"] != "rank", frame["rank"].map(names))
     wide = frame.assign(layer=layer).pivot_table(index="time_s", columns=["layer", "pid"], values="pss_bytes", aggfunc="last")
     table = wide.interpolate(method="index", limit_area="inside").fillna(0.0).T.groupby(level="layer").sum().T
+    if len(table) == 1:  # one sample is drawn as a tenth of a second, or there would be nothing to see
+        table = pd.concat([table, table.set_axis(table.index + 0.1)])
     wanted = ["engine", *dict.fromkeys(names.values())]
     return table[[name for name in wanted if name in table] + [name for name in table if name not in wanted]]
 
@@ -103,15 +108,35 @@ def _draw_device(ax: Axes, total: pd.Series[float]) -> list[Any]:
     return [Line2D([], [], **look)]  # type: ignore[arg-type]
 
 
-def _events(spans: pd.DataFrame | None, low_s: float, high_s: float) -> list[tuple[float, str]]:
-    """Sleeps (at their end), wakes (at their start) and marks within the picture; several processes' sleep at once is one event."""
-    if spans is None or spans.empty:
+def _asleep(spans: pd.DataFrame | None, *, until_s: float) -> list[tuple[float, float]]:
+    """Stretches in which every engine process sleeps: from the end of a step's sleeps to the next wake, or to the end."""
+    if spans is None:
         return []
-    sleeps, wakes, marks = (spans[spans["span"] == kind] for kind in ("sleep", "wake_up", "mark"))
-    events = [(float(s), "sleep") for s in sleeps.groupby("step")["end_s"].max()]
-    events += [(float(s), "wake_up") for s in wakes.groupby("step")["start_s"].min()]
-    events += list(zip(marks["start_s"].tolist(), marks["label"].tolist(), strict=True))
-    return [(s, name) for s, name in events if low_s <= s <= high_s]
+    wakes = sorted(spans.loc[spans["span"] == "wake_up", "start_s"].tolist())
+    sleeps = spans[spans["span"] == "sleep"]
+    ends = sorted(float(sleeps.loc[sleeps["step"] == step, "end_s"].max()) for step in set(sleeps["step"]))
+    return [(end_s, next((wake_s for wake_s in wakes if wake_s >= end_s), max(end_s, until_s))) for end_s in ends]
+
+
+def _shade_sleep(ax: Axes, stretches: Sequence[tuple[float, float]]) -> list[Any]:
+    color, hatch = SPAN_STYLES["sleep"]
+    look = dict(facecolor=color, alpha=0.25, hatch=hatch, edgecolor="#7F7F7F", linewidth=0)
+    for begin_s, end_s in stretches:
+        ax.axvspan(begin_s, end_s, zorder=0.5, **look)  # type: ignore[arg-type]
+    return [Patch(label="asleep", **look)] if stretches else []  # type: ignore[arg-type]
+
+
+def _events(spans: pd.DataFrame | None, low_s: float, high_s: float) -> list[tuple[float, str]]:
+    """Marks, and a few steps' sleeps (at their end) and wakes (at their start); several processes' sleep at once is one event."""
+    if spans is None:
+        return []
+    marks = spans[spans["span"] == "mark"]
+    events = list(zip(marks["start_s"].tolist(), marks["label"].tolist(), strict=True))
+    if spans["step"].nunique() <= MAX_NAMED_STEPS:
+        for kind, time, pick in (("sleep", "end_s", max), ("wake_up", "start_s", min)):
+            of_kind = spans[spans["span"] == kind]
+            events += [(pick(of_kind.loc[of_kind["step"] == step, time].tolist()), kind) for step in set(of_kind["step"])]
+    return [(time_s, name) for time_s, name in events if low_s <= time_s <= high_s]
 
 
 def _finding(layers: pd.DataFrame, spans: pd.DataFrame | None, unit: int, unit_name: str) -> str:
@@ -124,11 +149,8 @@ def _finding(layers: pd.DataFrame, spans: pd.DataFrame | None, unit: int, unit_n
 
 
 def _asleep_low(total: pd.Series[float], spans: pd.DataFrame) -> float | None:
-    """The least memory seen between the end of a sleep and the next wake; None when no sample lies there."""
-    wakes = sorted(spans.loc[spans["span"] == "wake_up", "start_s"].tolist())
-    lows = []
-    for end_s in spans.loc[spans["span"] == "sleep", "end_s"]:
-        until_s = next((wake_s for wake_s in wakes if wake_s >= end_s), float("inf"))
-        during = total[(total.index >= end_s) & (total.index <= until_s)]
-        lows += [float(during.min())] if len(during) else []
+    """The least memory seen while the engines sleep; None when no sample lies there."""
+    times = total.index.to_numpy(dtype=float)
+    during = [total[(times >= begin_s) & (times <= end_s)] for begin_s, end_s in _asleep(spans, until_s=float("inf"))]
+    lows = [float(part.min()) for part in during if len(part)]
     return min(lows) if lows else None

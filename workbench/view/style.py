@@ -164,7 +164,7 @@ def label_times(ax: Axes, events: Sequence[tuple[float, str]], *, max_rows: int 
 
     Args:
         events: (x in data units, name); the x limits of `ax` must be final.
-        max_rows: names that find no room in so many rows are left out, and the last row says how many.
+        max_rows: names that find no room in so many rows are left out, and a row above says how many.
 
     Returns:
         Number of rows used, for `set_finding`.
@@ -186,9 +186,11 @@ def label_times(ax: Axes, events: Sequence[tuple[float, str]], *, max_rows: int 
         ends[row] = left + length
         offset = (left - at, 2 + row * _label_height_pt())
         _annotate(ax, name, (x, 1.0), xycoords=ax.get_xaxis_transform(), xytext=offset, textcoords="offset points", va="bottom")
+    num_rows = sum(end > float("-inf") for end in ends)
     if num_hidden:
-        _annotate(ax, f"+{num_hidden} more", (1.0, 0.985), xycoords="axes fraction", ha="right", va="top")
-    return sum(end > float("-inf") for end in ends)
+        place = dict(xycoords="axes fraction", xytext=(0, 2 + num_rows * _label_height_pt()), textcoords="offset points")
+        _annotate(ax, f"+{num_hidden} more", (1.0, 1.0), **place, va="bottom", ha="right")
+    return num_rows + bool(num_hidden)
 
 
 def _annotate(ax: Axes, text: str, at: tuple[float, float], **placing: Any) -> None:
