@@ -305,6 +305,15 @@ def test_the_last_20_runs_are_kept_newest_first(home):
     assert (home / "runs").stat().st_mode & 0o077 == 0
 
 
+def test_what_a_killed_driver_left_half_written_is_cleared_away_later(home):
+    for name, age_s in (("old", 7200), ("fresh", 60)):
+        half = home / "runs" / f".{name}"
+        half.mkdir(parents=True)
+        os.utime(half, (time.time() - age_s,) * 2)
+    keep_run(make_run()).join()
+    assert not (home / "runs" / ".old").exists() and (home / "runs" / ".fresh").exists() and len(wb.runs()) == 1
+
+
 def test_a_run_that_is_just_being_kept_is_listed(home):
     keep_run(make_run())
     assert len(wb.runs()) == 1

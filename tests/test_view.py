@@ -12,6 +12,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
+from IPython.core.formatters import DisplayFormatter
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -106,6 +107,8 @@ def test_a_notebook_shows_axes_as_a_picture_with_words_beside_it():
     data, metadata = ax._repr_mimebundle_()
     assert data["image/png"].startswith(b"\x89PNG") and metadata["image/png"] == {"width": 640, "height": 360}
     assert data["text/plain"].endswith("(completions over completion length, tokens)")
+    shown, _ = DisplayFormatter().format(ax)  # as IPython asks for it
+    assert shown["image/png"].startswith(b"\x89PNG") and shown["text/plain"] == data["text/plain"]
 
 
 def test_figures_leave_matplotlibs_settings_and_pyplot_alone():

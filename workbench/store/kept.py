@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,8 +50,13 @@ def _keep(run: Run, home: Path) -> None:
     except (OSError, RunError) as error:
         told = str(error).splitlines()[0]
         print(f"workbench: this run was not kept in {home} ({told}); run.save(folder) still works", file=sys.stderr)
-    for old in sorted(_kept_folders(home))[:-NUM_KEPT]:
+    for old in [*sorted(_kept_folders(home))[:-NUM_KEPT], *_half_written(home)]:
         shutil.rmtree(old, ignore_errors=True)  # another driver may be pruning the same folder
+
+
+def _half_written(home: Path) -> list[Path]:
+    """What drivers that were killed while they wrote left more than an hour ago."""
+    return [path for path in home.glob(".*") if path.is_dir() and time.time() - path.stat().st_mtime > 3600]
 
 
 def _kept_folders(home: Path) -> list[Path]:
