@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from io import BytesIO
 from itertools import combinations
 
 import numpy as np
@@ -17,13 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from PIL import Image
 from run_builders import MIB, make_batch, make_memory, make_run, make_sleep, make_spans
 
 import workbench as wb
 from workbench.records import Span
 from workbench.run import Run
 from workbench.view.report import Section, write_report
-from workbench.view.style import FULL_SIZE, OKABE_ITO, SMALL_SIZE, PictureAxes, alt_text, rank_blocks, rank_color
+from workbench.view.style import FULL_SIZE, OKABE_ITO, SMALL_SIZE, PictureAxes, alt_text, figure_png, rank_blocks, rank_color
 
 PLOTS = ("plot_lengths", "plot_timeline", "plot_memory")
 
@@ -109,6 +111,17 @@ def test_a_notebook_shows_axes_as_a_picture_with_words_beside_it():
     assert data["text/plain"].endswith("(completions over completion length, tokens)")
     shown, _ = DisplayFormatter().format(ax)  # as IPython asks for it
     assert shown["image/png"].startswith(b"\x89PNG") and shown["text/plain"] == data["text/plain"]
+
+
+@pytest.mark.parametrize("size", [FULL_SIZE, SMALL_SIZE, (5.01, 3.337)])
+def test_pictures_are_sharp_and_small(size):
+    ax = make_run(num_ranks=32).plot_memory(size=size)
+    assert isinstance(ax.figure, Figure)
+    data = figure_png(ax.figure, dpi=144)
+    with Image.open(BytesIO(data)) as picture:
+        assert picture.size == (int(size[0] * 144), int(size[1] * 144)) and len(data) < 40_000
+        colors = {picture.convert("RGB").getpixel((x, picture.height // 2)) for x in range(picture.width)}
+    assert len(colors) > 3  # not a blank
 
 
 def test_figures_leave_matplotlibs_settings_and_pyplot_alone():
