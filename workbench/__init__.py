@@ -29,7 +29,10 @@ _HOMES = {
     "workbench.ranks.group": "Group",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
     "workbench.rollout.hf_engine": "HFEngine",
+    "workbench.rollout.handle": "EngineHandle",
     "workbench.rollout.pipeline": "GroupedRollout RootedRollout",
+    "workbench.rollout.rollout": "rollout",
+    "workbench.rollout.start": "start_engine",
     "workbench.rollout.vllm_engine": "VLLMEngine",
     "workbench.run": "Run load_run runs",
 }

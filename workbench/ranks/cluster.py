@@ -77,6 +77,11 @@ class Cluster:
         return self._processes.folder
 
     @property
+    def store_port(self) -> int:
+        """Port on 127.0.0.1 of the TCPStore that the driver serves."""
+        return self._processes.store_port
+
+    @property
     def is_closed(self) -> bool:
         return self._is_closed
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -34,11 +34,11 @@ _servers_lock = threading.Lock()
 class ForkServer:
     """One server process; children are made by `spawn`."""
 
-    def __init__(self, preload: Sequence[str]) -> None:
+    def __init__(self, preload: Sequence[str], extra: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         self._sock = ours
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-c", _COMMAND, str(theirs.fileno()), *preload],
@@ -149,14 +149,18 @@ class ForkServer:
         )
 
 
-def fork_server(preload: Sequence[str]) -> ForkServer:
-    """The warm server for these imports and this environment; started on first use."""
+def fork_server(preload: Sequence[str], extra: Mapping[str, str] | None = None) -> ForkServer:
+    """The warm server for these imports and this environment; started on first use.
+
+    Args:
+        extra: environment of the server itself, for what libraries read when imported.
+    """
     names = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(_LOAD_TIME_NAMES)))
-    key = (os.getpid(), tuple(preload), sys.executable, names)
+    key = (os.getpid(), tuple(preload), sys.executable, names, tuple(sorted((extra or {}).items())))
     with _servers_lock:
         server = _servers.get(key)
         if server is None or not server.is_alive:
-            server = _servers[key] = ForkServer(preload)
+            server = _servers[key] = ForkServer(preload, extra or {})
         return server
 
 

@@ -1,0 +1,249 @@
+"""The driver's handle of an engine: one process or several, slept, woken, asked and closed together.
+
+Knows clients of engine processes. Does not know how they were started, nor rollouts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from workbench.errors import EngineError
+from workbench.records import EngineStatus, Prompt, RolloutBatch, Sampling, SleepReport, Span
+from workbench.rollout.client import Address, EngineClient
+from workbench.rollout.engine import PhaseTimes
+from workbench.rollout.memory import read_pss_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+__all__ = ["EngineHandle", "EngineSpec"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What an engine was asked to be; equal specs may share one engine.
+
+    Attributes:
+        ranks_of: the ranks that each process works for, process by process; () where it works for all.
+    """
+
+    model: str
+    mode: str
+    tp: int
+    backend: str
+    kv_cache_bytes: int | None
+    dtype: str | None
+    max_model_len: int | None
+    device: str
+    seed: int
+    engine_options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostProcess:
+    """One engine process as the driver holds it; `rank` -1 works for all ranks."""
+
+    rank: int
+    client: EngineClient
+    address: Address
+    end: Callable[[], None]
+
+
+class EngineHandle:
+    """An engine of a cluster; made by `wb.start_engine`. Closed with the cluster."""
+
+    def __init__(self, spec: EngineSpec, hosts: Sequence[HostProcess]) -> None:
+        self.spec = spec
+        self.wanted = ""  # the words in which a rollout asked for it, to know it again
+        self.spans: list[Span] = []
+        self.sleeps: list[SleepReport] = []
+        self._hosts = list(hosts)
+        self._is_closed = False
+        self._step = -1
+        self._threads = ThreadPoolExecutor(max_workers=len(hosts), thread_name_prefix="workbench-engine")
+
+    @property
+    def mode(self) -> str:
+        return self.spec.mode
+
+    @property
+    def pids(self) -> list[int]:
+        """Processes of the engine, in rank order."""
+        return [host.address.pid for host in self._hosts]
+
+    @property
+    def status(self) -> str:
+        """"starting", "awake", "weights_only", "asleep" or "dead"."""
+        if self._is_closed or any(host.client.status is EngineStatus.DEAD for host in self._hosts):
+            return EngineStatus.DEAD
+        return self._hosts[0].client.status
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.status in (EngineStatus.ASLEEP, EngineStatus.WEIGHTS_ONLY)
+
+    @property
+    def weight_version(self) -> int:
+        return self._hosts[0].client.weight_version
+
+    def addresses(self) -> dict[int, Address]:
+        """rank -> where it calls; {-1: ...} for an engine that works for all."""
+        return {host.rank: host.address for host in self._hosts}
+
+    def ranks_and_pids(self) -> list[tuple[int, int]]:
+        return [(host.rank, host.address.pid) for host in self._hosts]
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, *, num_samples: Sequence[int] | None = None) -> RolloutBatch:
+        """Complete prompts from the driver; in grouped mode the first group does it, in independent mode rank 0's engine.
+
+        Raises:
+            EngineError: asleep, dead or failed.
+        """
+        self._check_alive()
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts is one text, {prompts[:80]!r}; generate takes a list of prompts: [{prompts[:20]!r}]")
+        first = self._hosts[: self.spec.tp]
+        batches = self._each(lambda host: host.client.generate(prompts, sampling, num_samples=num_samples), first)
+        return batches[0]
+
+    def sleep(self, level: int = 1) -> PhaseTimes:
+        """Put every process to sleep.
+
+        Args:
+            level: 0 pauses, 1 keeps the weights in a file, 2 discards them (the last version pushed, or the checkpoint, is loaded on wake).
+
+        Returns:
+            The slowest process's times, the bytes of all; `note` says where it was a no-op.
+        """
+        self._check_alive()
+        if level not in (0, 1, 2):
+            raise ValueError(f"sleep level is {level!r}; it must be 0 (pause), 1 (weights to a file) or 2 (weights discarded)")
+        before = [read_pss_bytes(pid) for pid in self.pids]
+        start = time.monotonic()
+        times = self._each(lambda host: host.client.sleep(level))
+        end = time.monotonic()
+        after = [read_pss_bytes(pid) for pid in self.pids]
+        if not times[0].note:
+            self.spans.append(Span(step=self._step, rank=-1, span="sleep", start_s=start, end_s=end))
+            for host, phase, high, low in zip(self._hosts, times, before, after, strict=True):
+                self.sleeps.append(_report(self._step, host.rank, phase, high - low, end - start))
+        return _together(times)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
+        """Wake every process; `tags` of "weights" and "kv_cache" wake a part."""
+        self._check_alive()
+        before = [read_pss_bytes(pid) for pid in self.pids]
+        start = time.monotonic()
+        times = self._each(lambda host: host.client.wake_up(tags))
+        end = time.monotonic()
+        if not times[0].note:
+            self.spans.append(Span(step=self._step, rank=-1, span="wake_up", start_s=start, end_s=end))
+            after = [read_pss_bytes(pid) for pid in self.pids]
+            self._complete_reports([high - low for high, low in zip(after, before, strict=True)], end - start)
+        return _together(times)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replace weights in every process, all or nothing; see `Engine.update_weights`."""
+        self._check_alive()
+        pairs = [(name, tensor.detach().cpu()) for name, tensor in named_tensors]
+        start = time.monotonic()
+        self._each(lambda host: host.client.update_weights(pairs, version))
+        self.spans.append(Span(step=self._step, rank=-1, span="update_weights", start_s=start, end_s=time.monotonic()))
+
+    def memory(self) -> pd.DataFrame:
+        """A row a process: rank, pid, weights_bytes, kv_cache_bytes, other_bytes, host_backup_bytes."""
+        import pandas as pd
+
+        self._check_alive()
+        rows = self._each(lambda host: host.client.memory())
+        return pd.DataFrame([{**asdict(row), "rank": host.rank, "pid": host.address.pid} for row, host in zip(rows, self._hosts, strict=True)])
+
+    def at_step(self, step: int) -> None:
+        """Label spans and sleep reports that follow with a rollout's step."""
+        self._step = step
+
+    def take_records(self) -> tuple[list[Span], list[SleepReport]]:
+        """Spans and sleep reports since the last call."""
+        taken = (self.spans, self.sleeps)
+        self.spans, self.sleeps = [], []
+        return taken
+
+    def ended(self, pid: int) -> None:
+        """Hear that a process ended; told by the server's thread."""
+        for host in self._hosts:
+            if host.address.pid == pid:
+                host.client.mark_dead()
+
+    def close(self) -> None:
+        """End the engine's processes; may be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        alive = [host for host in self._hosts if host.client.status is not EngineStatus.DEAD]
+        self._each(lambda host: host.client.close(), alive)
+        for host in self._hosts:
+            host.end()
+        self._threads.shutdown(wait=False)
+
+    def __enter__(self) -> EngineHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        size = f", {len(self._hosts)} processes" if len(self._hosts) > 1 else ""
+        return f"<engine {self.spec.model} ({self.spec.backend}, {self.spec.mode}{size}): {self.status}>"
+
+    def _check_alive(self) -> None:
+        if self._is_closed:
+            raise EngineError("the engine is closed\nstart another: wb.start_engine(cluster, ...)")
+
+    def _each(self, call: Callable[[HostProcess], T], hosts: Sequence[HostProcess] | None = None) -> list[T]:
+        """The same call to every process at once: those of one tensor-parallel engine must run together."""
+        chosen = self._hosts if hosts is None else list(hosts)
+        if len(chosen) == 1:
+            return [call(chosen[0])]
+        return [future.result() for future in [self._threads.submit(call, host) for host in chosen]]
+
+    def _complete_reports(self, regained: Sequence[int], wake_s: float) -> None:
+        """Fill in the wake of the latest sleep of each process."""
+        for host, num_bytes in zip(self._hosts, regained, strict=True):
+            for index in range(len(self.sleeps) - 1, -1, -1):
+                if self.sleeps[index].rank == host.rank:
+                    if math.isnan(self.sleeps[index].wake_s):
+                        self.sleeps[index] = replace(self.sleeps[index], regained_bytes=num_bytes, wake_s=wake_s)
+                    break
+
+
+def _report(step: int, rank: int, times: PhaseTimes, freed_bytes: int, sleep_s: float) -> SleepReport:
+    return SleepReport(
+        step=step,
+        rank=rank,
+        level=times.level,
+        weights_bytes=times.weights_bytes,
+        kv_cache_bytes=times.kv_cache_bytes,
+        freed_bytes=freed_bytes,
+        regained_bytes=0,
+        sleep_s=sleep_s,
+        wake_s=math.nan,
+    )
+
+
+def _together(times: Sequence[PhaseTimes]) -> PhaseTimes:
+    return replace(
+        times[0],
+        weights_s=max(t.weights_s for t in times),
+        kv_cache_s=max(t.kv_cache_s for t in times),
+        tidy_s=max(t.tidy_s for t in times),
+        weights_bytes=sum(t.weights_bytes for t in times),
+        kv_cache_bytes=sum(t.kv_cache_bytes for t in times),
+    )
