@@ -38,7 +38,7 @@ class ScriptedEngine:
         self._fails_on = fails_on
         self._mean_length = mean_length
         self._version = 0
-        self._level = 0
+        self._level: int | None = None
         self._asleep: set[str] = set()
         self._is_closed = False
         self._unseeded = 0
@@ -47,13 +47,13 @@ class ScriptedEngine:
     def status(self) -> EngineStatus:
         if self._is_closed:
             return EngineStatus.DEAD
-        if "weights" in self._asleep:
-            return EngineStatus.ASLEEP
-        return EngineStatus.WEIGHTS_ONLY if self._asleep else EngineStatus.AWAKE
+        if self._level is None:
+            return EngineStatus.AWAKE
+        return EngineStatus.WEIGHTS_ONLY if self._asleep == {"kv_cache"} else EngineStatus.ASLEEP
 
     @property
     def is_sleeping(self) -> bool:
-        return bool(self._asleep)
+        return self._level is not None
 
     @property
     def weight_version(self) -> int:
@@ -70,8 +70,8 @@ class ScriptedEngine:
     ) -> RolloutBatch:
         if self._is_closed:
             raise EngineError("the engine is closed")
-        if self._asleep:
-            raise EngineError("the engine is asleep (sleep level 1)\ncall wake_up() first")
+        if self._level is not None:
+            raise EngineError(f"generate: the engine is asleep at sleep level {self._level}\ncall wake_up() first")
         requests = expand(prompts, sampling, num_samples=num_samples, origins=origins, step=step)
         self.calls.append(len(prompts))
         lengths = [len(_read(prompt)) for prompt in prompts]
@@ -118,18 +118,22 @@ class ScriptedEngine:
         return np.random.default_rng(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little"))
 
     def sleep(self, level: int = 1) -> PhaseTimes:
-        if self._asleep:
+        if self._level is not None and (level == 0 or "weights" in self._asleep):
             return _times(self._level, note=f"already asleep at level {self._level}")
         self._level = level
         self._asleep = {"weights", "kv_cache"} if level else set()
         return _times(level, weights=256 if level else 0, kv_cache=1024 if level else 0)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
+        if self._level is None:
+            return _times(0, note="already awake")
         wanted = self._asleep & set(tags if tags is not None else self._asleep)
-        if not wanted:
-            return _times(self._level, note="nothing to wake: already awake")
+        if self._asleep and not wanted:
+            return _times(self._level, note="awake already")
+        level = self._level
         self._asleep -= wanted
-        return _times(self._level, weights=256 * ("weights" in wanted), kv_cache=1024 * ("kv_cache" in wanted))
+        self._level = level if self._asleep else None
+        return _times(level, weights=256 * ("weights" in wanted), kv_cache=1024 * ("kv_cache" in wanted))
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         new = dict(named_tensors)
@@ -149,7 +153,7 @@ class ScriptedEngine:
             weights_bytes=256 * ("weights" in held),
             kv_cache_bytes=1024 * ("kv_cache" in held),
             other_bytes=0,
-            host_backup_bytes=256 if self._level == 1 and self._asleep else 0,
+            host_backup_bytes=256 if self._level == 1 and "weights" in self._asleep else 0,
         )
 
     def close(self) -> None:

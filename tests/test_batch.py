@@ -32,7 +32,7 @@ def batch_of(counts: list[int], *, logprobs: bool = True) -> RolloutBatch:
     return ScriptedEngine().generate([f"{i}+" for i in range(len(counts))], sampling, num_samples=counts)
 
 
-def test_packing_keeps_tokens_texts_and_reasons():
+def test_packing_keeps_tokens_texts_and_reasons() -> None:
     requests = expand(["ab", [5, 6]], Sampling(), num_samples=[2, 1], origins=[Origin(rank=1, index=4), Origin(rank=2, index=0)])
     done = [
         Completion([7, 8, 9], "xyz", FinishReason.LENGTH, requests[0].prompt_hash, [-0.5, None, -1.5]),
@@ -50,13 +50,13 @@ def test_packing_keeps_tokens_texts_and_reasons():
     assert batch.weight_versions.tolist() == [3, 3, 3] and batch.prompt_hashes.tolist() == [r.prompt_hash for r in requests]
 
 
-def test_a_missing_completion_is_told():
+def test_a_missing_completion_is_told() -> None:
     with pytest.raises(ValueError, match="0 completions for 1 requests"):
         pack_completions(["a"], expand(["a"], Sampling()), [], num_prompt_tokens=[1], weight_version=0, with_logprobs=False)
 
 
 @given(st.lists(st.integers(0, 3), max_size=7), st.data(), st.booleans())
-def test_cutting_and_joining_undo_each_other(counts: list[int], data: st.DataObject, logprobs: bool):
+def test_cutting_and_joining_undo_each_other(counts: list[int], data: st.DataObject, logprobs: bool) -> None:
     batch = batch_of(counts, logprobs=logprobs)
     batch = replace(batch, metadata=tuple({"n": i} for i in range(len(batch))))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(counts)), max_size=4)))
@@ -66,11 +66,11 @@ def test_cutting_and_joining_undo_each_other(counts: list[int], data: st.DataObj
     assert_equal(concat(parts), batch)
 
 
-def test_joining_nothing_is_an_empty_batch():
+def test_joining_nothing_is_an_empty_batch() -> None:
     assert len(concat([])) == 0 and len(empty_batch(["a"]).prompts) == 1
 
 
-def test_a_bad_prompt_is_found_by_halving_and_the_others_stay_whole():
+def test_a_bad_prompt_is_found_by_halving_and_the_others_stay_whole() -> None:
     prompts = [f"{i}+1=" for i in range(16)]
     sampling = Sampling(n=2, max_tokens=8, seed=3, logprobs=True)
     whole = ScriptedEngine().generate(prompts, sampling)
@@ -83,7 +83,7 @@ def test_a_bad_prompt_is_found_by_halving_and_the_others_stay_whole():
     assert len(engine.calls) == 9  # 16, then two halves at each of four levels
 
 
-def test_a_sleeping_engine_is_not_bisected():
+def test_a_sleeping_engine_is_not_bisected() -> None:
     engine = ScriptedEngine()
     engine.sleep(1)
     with pytest.raises(Exception, match="wake_up"):

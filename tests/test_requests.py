@@ -14,12 +14,12 @@ def origins(*pairs: tuple[int, int]) -> list[Origin]:
     return [Origin(rank=rank, index=index) for rank, index in pairs]
 
 
-def test_requests_come_prompt_by_prompt_and_sample_by_sample():
+def test_requests_come_prompt_by_prompt_and_sample_by_sample() -> None:
     requests = expand(["a", "b", "c"], Sampling(seed=0), num_samples=[2, 0, 1], origins=origins((3, 0), (3, 1), (4, 0)))
     assert [(r.prompt, r.prompt_index, r.sample_index, r.origin.rank) for r in requests] == [("a", 0, 0, 3), ("a", 0, 1, 3), ("c", 2, 0, 4)]
 
 
-def test_a_seed_depends_on_origin_sample_and_step_and_on_nothing_else():
+def test_a_seed_depends_on_origin_sample_and_step_and_on_nothing_else() -> None:
     sampling = Sampling(n=2, seed=7)
     alone = expand(["a"], sampling, origins=origins((1, 5)))
     among = expand(["x", "a"], sampling, origins=origins((0, 0), (1, 5)))[2:]
@@ -33,11 +33,11 @@ def test_a_seed_depends_on_origin_sample_and_step_and_on_nothing_else():
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_without_a_seed_there_is_none():
+def test_without_a_seed_there_is_none() -> None:
     assert [r.seed for r in expand(["a"], Sampling(n=2))] == [None, None]
 
 
-def test_hashes_tell_prompts_apart_and_know_equal_ones():
+def test_hashes_tell_prompts_apart_and_know_equal_ones() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     with_images = [{"prompt": "12", "images": [picture]} for picture in (image, image + 1)]
     prompts = ["12", [12], [1, 2], [1, 2, 0], "", {"prompt": "12"}, *with_images]
@@ -57,7 +57,7 @@ def test_hashes_tell_prompts_apart_and_know_equal_ones():
         ({"text": "a"}, 'is a dict with neither "prompt" (text) nor "messages"'),
     ],
 )
-def test_what_is_no_prompt_is_told_with_rank_and_index(bad, needs):
+def test_what_is_no_prompt_is_told_with_rank_and_index(bad, needs) -> None:
     with pytest.raises(ValueError) as caught:
         expand(["fine", bad], Sampling(), origins=origins((0, 0), (1, 1)))
     assert needs in str(caught.value)
@@ -72,12 +72,12 @@ def test_what_is_no_prompt_is_told_with_rank_and_index(bad, needs):
         ([0.5, 1], "num_samples[0] is 0.5"),
     ],
 )
-def test_counts_that_do_not_fit_are_told(counts, needs):
+def test_counts_that_do_not_fit_are_told(counts, needs) -> None:
     with pytest.raises(ValueError) as caught:
         expand(["a", "b"], Sampling(), num_samples=counts)
     assert needs in str(caught.value)
 
 
-def test_origins_that_do_not_fit_are_told():
+def test_origins_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match="origins has 1 entries for 2 prompts"):
         expand(["a", "b"], Sampling(), origins=origins((0, 0)))

@@ -55,7 +55,7 @@ _OURS = {  # options that are parameters here ("" for none), or that sleep rests
     "additional_config": "",
 }
 _QUIET = {"VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1"}
-_live: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()  # vLLM's groups are globals of the process; the last engine takes them down
+_live: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()  # the last one takes vLLM's groups down
 
 
 @atexit.register
@@ -139,7 +139,6 @@ class VLLMEngine(LocalEngine):
             }
             self._start(options, group)
         except BaseException:
-            self._owns_log = False  # the error names it
             self.close()
             raise
 
@@ -149,7 +148,9 @@ class VLLMEngine(LocalEngine):
         with ExitStack() as stack:
             # output_to is outermost: the random states and threads are back before anything is printed again
             stack.enter_context(output_to(self._log_path))
-            self._world = OwnWorld(group, backend="gloo" if self._device == "cpu" else "cpu:gloo,cuda:nccl")
+            # vLLM's groups are globals of the process, so engines side by side share the world that they were made in
+            shared = next((engine._world for engine in _live), None)
+            self._world = shared or OwnWorld(group, backend="gloo" if self._device == "cpu" else "cpu:gloo,cuda:nccl")
             stack.enter_context(process_state_kept(_environment(self._world)))
             stack.enter_context(self._world.entered())
             try:
@@ -159,6 +160,7 @@ class VLLMEngine(LocalEngine):
                 _forget_exit_hook(self._llm.llm_engine.engine_core)
                 self._rpc(_prepare_sleep)
             except Exception as error:
+                self._owns_log = False  # the error names it
                 raise EngineError(
                     f"vLLM did not start with model {self._model!r}: {type(error).__name__}: {error}\n"
                     f"its log is {self._log_path}; it ends with\n{last_lines(self._log_path)}"
@@ -166,7 +168,8 @@ class VLLMEngine(LocalEngine):
         limit = int(self._llm.llm_engine.model_config.max_model_len)
         self._reader = PromptReader(self._llm.get_tokenizer(), self._model, limit)
         self._bytes = dict(zip(TAGS, self._rpc(_held_bytes), strict=True))
-        self._entropy = self._world.seed  # the members of a group draw the same
+        if self._tp > 1:
+            self._entropy = self._world.seed  # the members of a group draw the same
         self._is_started = True
         _live.add(self)
         tidy()
@@ -274,7 +277,8 @@ class VLLMEngine(LocalEngine):
                 self._llm = None
                 if not _live:
                     _take_groups_down()
-            world.close()
+            if not _live:
+                world.close()
         if log := self.__dict__.pop("_log", None):
             logging.getLogger("vllm").removeHandler(log)
             log.close()
@@ -406,9 +410,12 @@ def _sampling_params(requests: Sequence[Request], sampling: Sampling) -> list[An
         "logprobs": 0 if sampling.logprobs else None,  # 0: the sampled token alone
         "flat_logprobs": sampling.logprobs,
     }
-    if sampling.temperature == 0.0:
-        return [SamplingParams(**options)] * len(requests)
-    return [SamplingParams(**options, seed=request.seed) for request in requests]
+    try:
+        if sampling.temperature == 0.0:
+            return [SamplingParams(**options)] * len(requests)
+        return [SamplingParams(**options, seed=request.seed) for request in requests]
+    except Exception as error:  # its own kind, no ValueError
+        raise EngineError(f"vLLM does not take this sampling: {error}\n{sampling}") from error
 
 
 def _completion(request: Request, output: Any, sent: list[int] | None, with_logprobs: bool) -> Completion:
