@@ -234,11 +234,11 @@ def test_a_dummy_has_the_size_asked_for(tmp_path, num_parameters):
     assert config["num_attention_heads"] % 2 == config["num_key_value_heads"] % 2 == config["intermediate_size"] % 2 == 0
 
 
-@pytest.mark.parametrize("num_parameters", [10**8, 5 * 10**8, 10**9, 7 * 10**9])
-def test_large_shapes_have_the_size_asked_for(num_parameters):
-    from workbench.models.dummy import _llama_of
+def test_shapes_of_any_size_have_the_size_asked_for():
+    from workbench.models.dummy import _shape_of
 
-    assert _llama_of(num_parameters).num_parameters == pytest.approx(num_parameters, rel=0.02)
+    sizes = [int(300_000 * 1.07**power) for power in range(160)]  # to 15,000 M
+    assert max(abs(_shape_of(size, kind).num_parameters / size - 1) for size in sizes for kind in ("text", "vision")) < 0.02
 
 
 def test_a_dummy_follows_its_seed_and_speaks_like_tiny(tmp_path):
@@ -283,8 +283,11 @@ def test_a_vision_dummy_sees_its_images(tmp_path):
 def test_a_dummy_that_cannot_be_is_refused(tmp_path):
     with pytest.raises(wb.ModelError, match=r"(?s)kind 'audio'.*text, vision.*pass one"):
         wb.models.make_dummy(tmp_path, kind="audio")
-    with pytest.raises(wb.ModelError, match=r"(?s)1,000 parameters.*smallest.* has \d+,\d+.*ask for more"):
-        wb.models.make_dummy(tmp_path, num_parameters=1000)
+    for num_parameters in (-1, 1000):
+        for kind in ("text", "vision"):
+            text = rf"(?s)a {kind} model of {num_parameters:,} parameters\nthe smallest.* has \d+,\d+\nask for more"
+            with pytest.raises(wb.ModelError, match=text):
+                wb.models.make_dummy(tmp_path, num_parameters=num_parameters, kind=kind)
 
 
 def test_shapes_count_their_weights():

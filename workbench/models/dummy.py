@@ -37,50 +37,39 @@ def make_dummy(folder: str | os.PathLike[str], *, num_parameters: int = 1_000_00
     if kind not in _KINDS:
         raise ModelError(f"make_dummy cannot make a model of kind {kind!r}\nkinds are {', '.join(_KINDS)}\npass one of these")
     target = Path(folder)
-    shape = _llama_of(num_parameters) if kind == "text" else _idefics_of(num_parameters)
-    text = shape.text if isinstance(shape, IdeficsShape) else shape
+    shape = _shape_of(num_parameters, kind)
     weights = random_weights(shape.weights(), seed=seed, head_gain=_HEAD_GAIN)
-    write_checkpoint(target, shape.config(), weights, max_tokens=text.max_tokens, has_images=kind == "vision")
+    write_checkpoint(target, shape.config(), weights, max_tokens=_MAX_TOKENS, has_images=kind == "vision")
     if kind == "vision":
         write_processor(target)
     return target
 
 
-def _idefics_of(num_parameters: int) -> IdeficsShape:
-    """A vision tower of fixed size and the Llama that is left."""
-
-    def shape(text: LlamaShape) -> IdeficsShape:
-        return IdeficsShape(text=replace(text, vocab_size=text.vocab_size + len(IMAGE_TOKENS)))
-
-    text = _llama_of(num_parameters)
-    num_vision = shape(text).num_parameters - text.num_parameters
-    return shape(_llama_of(num_parameters - num_vision))
-
-
-def _llama_of(num_parameters: int) -> LlamaShape:
+def _shape_of(num_parameters: int, kind: str) -> LlamaShape | IdeficsShape:
     """A shape of about `num_parameters`: width and depth by a rule of thumb, then the MLP's width takes up what is left.
 
     A layer has about 12 hidden_size**2 parameters, and there is a layer for 64 of width. Heads and widths are even, so that
     two ranks can share them.
     """
-    width = (_HEAD_SIZE * num_parameters / 12) ** (1 / 3)
+    width = (_HEAD_SIZE * max(0, num_parameters) / 12) ** (1 / 3)
     hidden = max(1, round(width / (2 * _HEAD_SIZE))) * 2 * _HEAD_SIZE
     num_layers = max(1, round(num_parameters / (12 * hidden**2)))
 
-    def shape(intermediate: int) -> LlamaShape:
-        return LlamaShape(
+    def shape(intermediate: int) -> LlamaShape | IdeficsShape:
+        text = LlamaShape(
             num_layers=num_layers,
             hidden_size=hidden,
             intermediate_size=intermediate,
             num_heads=hidden // _HEAD_SIZE,
             max_tokens=_MAX_TOKENS,
         )
+        return text if kind == "text" else IdeficsShape(text=replace(text, vocab_size=text.vocab_size + len(IMAGE_TOKENS)))
 
     bare, step = shape(0).num_parameters, 8
     intermediate = round((num_parameters - bare) / (3 * hidden * num_layers * step)) * step
     if intermediate < step:
         raise ModelError(
-            f"make_dummy cannot make a language model of {num_parameters:,} parameters\n"
+            f"make_dummy cannot make a {kind} model of {num_parameters:,} parameters\n"
             f"the smallest of that width has {shape(step).num_parameters:,}\n"
             "ask for more"
         )
