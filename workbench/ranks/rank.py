@@ -86,6 +86,7 @@ class Rank:
             self._store = dist.TCPStore("127.0.0.1", c.store_port, is_master=False, wait_for_workers=False, timeout=limit)
         store = dist.PrefixStore(f"{c.store_prefix}/{generation}", self._store)
         dist.init_process_group("gloo", store=store, rank=c.rank, world_size=c.world_size, timeout=limit)
+        dist.barrier()  # ready means that a collective has worked
 
     def _fill_namespace(self) -> None:
         import workbench

@@ -8,6 +8,7 @@ Knows clusters, engine handles and the pipeline. Does not know figures or files.
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 from workbench import models
 from workbench.environment import describe_environment, fingerprint_model
 from workbench.errors import EngineError
-from workbench.records import RolloutBatch, Sampling, SleepReport, Span
+from workbench.records import RolloutBatch, Sampling, Span
 from workbench.rollout.client import Address, EngineClient
 from workbench.rollout.handle import EngineHandle
 from workbench.rollout.memory import MemorySampler
 from workbench.rollout.shards import Shard, shard_prompts
 from workbench.rollout.start import check_mode, start_engine
 from workbench.run import Run
+from workbench.store.kept import keep_run
 
 if TYPE_CHECKING:
     from workbench.ranks.cluster import Cluster
@@ -98,27 +100,27 @@ def rollout(
     start_spans: list[Span] = []
     if engine is None:
         engine = _own_engine(cluster, start_spans, model=model, mode=mode, tp=tp, backend=backend, kv_cache_bytes=kv_cache_bytes, **engine_options)
-    recorder = _Recorder(cluster, engine, started)
-    recorder.spans += start_spans
+    recorder = _Recorder(cluster, engine, started, start_spans)
     for step in range(num_steps):
-        order = StepOrder(
-            step=step,
-            shards=shards,
-            sampling=sampling,
-            mode=engine.spec.mode,
-            tp=engine.spec.tp,
-            scatter=scatter,
-            on_error=on_error,
-            addresses=engine.addresses(),
-        )
-        recorder.step(order, sleep_level)
+        recorder.step(_order(engine, step, shards, sampling, scatter, on_error), sleep_level)
     options = {"num_steps": num_steps, "sleep_level": sleep_level, "scatter": scatter, "on_error": on_error}
     run = recorder.run(_manifest(cluster, engine, sampling, options))
     if keep:
-        from workbench.store.kept import keep_run
-
         keep_run(run)
     return run
+
+
+def _order(engine: EngineHandle, step: int, shards: tuple[Shard, ...], sampling: Sampling, scatter: str | None, on_error: str) -> StepOrder:
+    return StepOrder(
+        step=step,
+        shards=shards,
+        sampling=sampling,
+        mode=engine.spec.mode,
+        tp=engine.spec.tp,
+        scatter=scatter,
+        on_error=on_error,
+        addresses=engine.addresses(),
+    )
 
 
 def _check(num_steps: Any, sleep_level: Any, scatter: Any, on_error: Any) -> None:
@@ -153,15 +155,15 @@ def _own_engine(cluster: Cluster, spans: list[Span], **options: Any) -> EngineHa
 class _Recorder:
     """Runs steps and collects what they leave."""
 
-    def __init__(self, cluster: Cluster, engine: EngineHandle, started: float) -> None:
+    def __init__(self, cluster: Cluster, engine: EngineHandle, started: float, spans: list[Span]) -> None:
         self.cluster = cluster
         self.engine = engine
         self.started = started
         self.batches: dict[int, dict[int, RolloutBatch]] = {}
-        self.spans: list[Span] = []
-        self.sleeps: list[SleepReport] = []
+        self.spans = spans
         engine.take_records()
         self.sampler = MemorySampler()
+        self.sampler.watch(os.getpid(), "driver")
         for status in cluster.status():
             self.sampler.watch(status.pid, "rank", rank=status.rank)
         for rank, pid in engine.ranks_and_pids():
