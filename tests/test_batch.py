@@ -43,7 +43,7 @@ def test_packing_keeps_tokens_texts_and_reasons() -> None:
     assert batch.tokens.tolist() == [7, 8, 9, 3] and batch.tokens.dtype == np.int32
     assert batch.offsets.tolist() == [0, 3, 3, 4] and batch.offsets.dtype == np.int64
     assert batch.logprobs is not None and batch.logprobs.dtype == np.float32
-    np.testing.assert_array_equal(batch.logprobs, np.float32([-0.5, np.nan, -1.5, -0.25]))
+    np.testing.assert_array_equal(batch.logprobs, np.array([-0.5, np.nan, -1.5, -0.25], np.float32))
     assert batch.finish_reasons == ("length", "error", "stop") and batch.errors == (None, "choked", None)
     assert batch.prompt_index.tolist() == [0, 0, 1] and batch.sample_index.tolist() == [0, 1, 0]
     assert batch.origin_ranks.tolist() == [1, 1, 2] and batch.origin_indices.tolist() == [4, 4, 0]

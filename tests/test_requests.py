@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
-from workbench.records import Sampling
+from workbench.records import Prompt, Sampling
 from workbench.rollout.engine import Origin
 from workbench.rollout.requests import expand, prompt_hash
 
@@ -30,7 +32,7 @@ def test_a_seed_depends_on_origin_sample_and_step_and_on_nothing_else() -> None:
         *expand(["a"], Sampling(n=2, seed=8), origins=origins((1, 5))),
     ]
     seeds = [r.seed for r in [*alone, *others]]
-    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(set(seeds)) == len(seeds) and all(seed is not None and 0 <= seed < 2**63 for seed in seeds)
 
 
 def test_without_a_seed_there_is_none() -> None:
@@ -40,7 +42,7 @@ def test_without_a_seed_there_is_none() -> None:
 def test_hashes_tell_prompts_apart_and_know_equal_ones() -> None:
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     with_images = [{"prompt": "12", "images": [picture]} for picture in (image, image + 1)]
-    prompts = ["12", [12], [1, 2], [1, 2, 0], "", {"prompt": "12"}, *with_images]
+    prompts: list[Prompt] = ["12", [12], [1, 2], [1, 2, 0], "", {"prompt": "12"}, *with_images]
     hashes = [prompt_hash(p) for p in prompts]
     assert len(set(hashes)) == len(prompts) and all(0 <= h < 2**64 for h in hashes)
     assert prompt_hash({"images": [image.copy()], "prompt": "12"}) == hashes[6]
@@ -57,7 +59,7 @@ def test_hashes_tell_prompts_apart_and_know_equal_ones() -> None:
         ({"text": "a"}, 'is a dict with neither "prompt" (text) nor "messages"'),
     ],
 )
-def test_what_is_no_prompt_is_told_with_rank_and_index(bad, needs) -> None:
+def test_what_is_no_prompt_is_told_with_rank_and_index(bad: Any, needs: str) -> None:
     with pytest.raises(ValueError) as caught:
         expand(["fine", bad], Sampling(), origins=origins((0, 0), (1, 1)))
     assert needs in str(caught.value)
@@ -72,7 +74,7 @@ def test_what_is_no_prompt_is_told_with_rank_and_index(bad, needs) -> None:
         ([0.5, 1], "num_samples[0] is 0.5"),
     ],
 )
-def test_counts_that_do_not_fit_are_told(counts, needs) -> None:
+def test_counts_that_do_not_fit_are_told(counts: list[Any], needs: str) -> None:
     with pytest.raises(ValueError) as caught:
         expand(["a", "b"], Sampling(), num_samples=counts)
     assert needs in str(caught.value)

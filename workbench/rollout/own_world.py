@@ -15,13 +15,15 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, HashStore, _unregister_process_group
 from torch.distributed import distributed_c10d as c10d
+
+import workbench.ranks.current as place
 
 __all__ = ["OwnWorld"]
 
@@ -77,11 +79,12 @@ class OwnWorld:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Make it the process's default world for a while."""
+        """Make it the process's default world for a while; in a rank, groups made meanwhile are not watched as the ranks' own are."""
         outside = c10d._world
         c10d._world = self._state  # type: ignore[assignment]
         try:
-            yield
+            with _unwatched():
+                yield
         finally:
             c10d._world = outside
 
@@ -99,3 +102,8 @@ class OwnWorld:
         self._state = _State(0)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _unwatched() -> AbstractContextManager[None]:
+    here = place._here  # not current(), which would attach to a launcher's environment
+    return nullcontext() if here is None or here.process is None else here.process.interceptor.engine_groups()

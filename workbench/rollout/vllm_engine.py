@@ -96,6 +96,8 @@ class VLLMEngine(LocalEngine):
         EngineError: the model, an option or the memory does not fit (told before vLLM starts), or vLLM did not start (its log is named).
     """
 
+    _world: OwnWorld
+
     def __init__(
         self,
         model: str | os.PathLike[str] = "tiny",
