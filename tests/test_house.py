@@ -136,7 +136,7 @@ def test_all_is_what_is_public():
     assert sorted(workbench.__all__) == dir(workbench)
     seen = {name for name in vars(workbench) if not name.startswith("_")}
     modules = {path.name.removesuffix(".py") for path in PACKAGE.iterdir()}  # an imported part becomes an attribute by itself
-    assert seen <= {*workbench.__all__, *modules, "annotations", "import_module", "Any", "TYPE_CHECKING"}
+    assert seen <= {*workbench.__all__, *modules, "annotations", "import_module", "sys", "Any", "ModuleType", "TYPE_CHECKING"}
 
 
 @pytest.mark.parametrize("name", workbench.__all__)
@@ -144,6 +144,11 @@ def test_every_public_name_is_there_and_documented(name):
     value = getattr(workbench, name)
     assert value is getattr(workbench, name)
     assert isinstance(value, str) or value.__doc__, f"wb.{name} has no docstring"
+
+
+@pytest.mark.parametrize("first", ["workbench.start_engine", "workbench.rollout", "import_module('workbench.rollout.batch')"])
+def test_rollout_is_the_function_whatever_is_imported_first(first):
+    assert fresh(f"import workbench; from importlib import import_module; {first}; print(type(workbench.rollout).__name__)") == "function"
 
 
 def test_an_unknown_name_is_an_attribute_error():
