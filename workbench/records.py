@@ -5,6 +5,7 @@ Times are seconds on the machine's monotonic clock (`time.monotonic()`, the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -143,7 +144,7 @@ class RolloutBatch:
 
     Attributes:
         prompts: the prompts asked, [num_prompts], also those with no completion.
-        texts: decoded completions, [num_completions], prompt by prompt, sample by sample.
+        texts: decoded completions, a list [num_completions], prompt by prompt, sample by sample.
         tokens: generated token ids, int32 [num_tokens].
         offsets: int64 [num_completions + 1].
         logprobs: log-probability of each token before temperature, float32 [num_tokens], NaN where the engine gave none; None when not asked.
@@ -160,7 +161,7 @@ class RolloutBatch:
     """
 
     prompts: tuple[Prompt, ...]
-    texts: tuple[str, ...]
+    texts: Sequence[str]
     tokens: NDArray[np.int32]
     offsets: NDArray[np.int64]
     logprobs: NDArray[np.float32] | None
@@ -174,6 +175,9 @@ class RolloutBatch:
     num_prompt_tokens: NDArray[np.int32]
     errors: tuple[str | None, ...] = ()
     metadata: tuple[Any, ...] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "texts", list(self.texts))  # a list: it is compared with columns' tolist() in notebooks
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -16,7 +16,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,10 @@ from workbench.ranks.operations import OPERATIONS, Operation, num_bytes, remembe
 
 __all__ = ["Freed", "Interceptor", "KnownGroup"]
 
+# A layer above the backends' that torch leaves empty and that every call passes, inference mode included. The backend's own kernel stays in place and
+# is reached by redispatch, which gives up the GIL: held there, it deadlocks with a gloo thread that lets go of a finished collective's tensors.
+_LAYER = "BackendSelect"
+_BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _NOT_USER_CODE = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
@@ -84,13 +87,10 @@ class Interceptor:
     def install(self) -> None:
         """Take over the operators and the making of groups."""
         remember_reduce_ops()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that a kernel is overridden: that is the purpose
-            for name, operation in OPERATIONS.items():
-                kernel = torch.library.get_kernel(f"c10d::{name}", "CPU")
-                library = torch.library.Library("c10d", "IMPL")
-                library.impl(name, functools.partial(self._collective, name, operation, kernel), "CPU", with_keyset=True, allow_override=True)
-                self._libraries.append(library)
+        for name, operation in OPERATIONS.items():
+            library = torch.library.Library("c10d", "IMPL")
+            library.impl(name, functools.partial(self._collective, name, operation), _LAYER, with_keyset=True)
+            self._libraries.append(library)
         c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
         for name in ("send", "recv"):
             wrapped = self._blocking(getattr(c10d, name))
@@ -168,15 +168,16 @@ class Interceptor:
 
         return wrapped
 
-    def _collective(self, name: str, operation: Operation, kernel: Any, keyset: Any, *args: Any) -> Any:
+    def _collective(self, name: str, operation: Operation, keyset: Any, *args: Any) -> Any:
+        onward = getattr(torch.ops.c10d, name).default.redispatch
         group = self._groups.get(id(dist.ProcessGroup.unbox(args[operation.group_at])))
         if group is None:
-            return kernel.call_boxed(keyset, *args)
+            return onward(keyset & _BELOW, *args)
         self._refuse_stale(group, operation)
         is_main = threading.get_ident() == self._main
         was_busy, self.is_busy = self.is_busy, self.is_busy or is_main
         try:
-            return self._run(name, operation, group, args, lambda: kernel.call_boxed(keyset, *args))
+            return self._run(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
         finally:
             self.is_busy = was_busy
             if is_main and self.is_interrupt_pending and not was_busy:
