@@ -20,19 +20,23 @@ def run_world(world_size: int, body: Callable[..., Any], *args: Any, timeout_s: 
     Raises:
         AssertionError: a rank raised, died or was late; its traceback is in the text.
     """
-    results = _context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            _context.Process(target=_main, args=(rank, world_size, f"{folder}/store", results, body, args)) for rank in range(world_size)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(timeout_s)
-        late = [process.pid for process in processes if process.exitcode is None]
-        for process in processes:
-            process.kill()
-            process.join()
+        return run_processes(world_size, _in_world, world_size, f"{folder}/store", body, args, timeout_s=timeout_s)
+
+
+def run_processes(num_processes: int, body: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """Run `body(rank, *args)` in processes of no world."""
+    world_size = num_processes
+    results = _context.SimpleQueue()
+    processes = [_context.Process(target=_main, args=(rank, results, body, args)) for rank in range(num_processes)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout_s)
+    late = [process.pid for process in processes if process.exitcode is None]
+    for process in processes:
+        process.kill()
+        process.join()
     told: dict[int, tuple[bool, Any]] = {}
     while not results.empty():
         rank, is_ok, value = results.get()
@@ -44,15 +48,21 @@ def run_world(world_size: int, body: Callable[..., Any], *args: Any, timeout_s: 
     return [told[rank][1] for rank in range(world_size)]
 
 
-def _main(rank: int, world_size: int, path: str, results: Any, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _main(rank: int, results: Any, body: Callable[..., Any], args: tuple[Any, ...]) -> None:
     import torch
-    import torch.distributed as dist
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
         results.put((rank, True, body(rank, *args)))
-        dist.barrier()
-        dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
+
+
+def _in_world(rank: int, world_size: int, path: str, body: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world_size, timeout=timedelta(seconds=30))
+    result = body(rank, *args)
+    dist.barrier()
+    dist.destroy_process_group()
+    return result

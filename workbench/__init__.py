@@ -29,6 +29,7 @@ _HOMES = {
     "workbench.plan.lengths": "LengthStats length_stats",
     "workbench.plan.partition": "divide partition_layers split_tensor",
     "workbench.ranks.group": "Group",
+    "workbench.ranks.stateless": "StatelessGroup free_port",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
     "workbench.rollout.hf_engine": "HFEngine",
     "workbench.rollout.handle": "EngineHandle",

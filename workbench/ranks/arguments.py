@@ -10,7 +10,19 @@ from torch import Tensor
 
 from workbench.ranks.wire import check_dense, dtype_name
 
-__all__ = ["REDUCE_OPS", "accumulator", "gatherable", "member", "members", "reduced_dtype", "reducible", "same_everywhere"]
+__all__ = [
+    "REDUCE_OPS",
+    "accumulator",
+    "combine",
+    "gatherable",
+    "member",
+    "members",
+    "parts",
+    "ragged",
+    "reduced_dtype",
+    "reducible",
+    "same_everywhere",
+]
 
 REDUCE_OPS = {
     "sum": dist.ReduceOp.SUM,
@@ -52,6 +64,37 @@ def gatherable(op: str, tensor: Tensor, dim: int, *, dst: int | None = None, siz
     return f"{op}{to} {_shown(tensor)} dim {_dim(op, tensor, dim)}", 0
 
 
+def parts(tensor: Tensor, dim: int, sizes: Sequence[int] | None, size: int) -> list[int]:
+    """Rows along `dim` that each member gets of a reduce_scatter."""
+    rows = tensor.shape[_dim("reduce_scatter", tensor, dim)]
+    if sizes is None:
+        if rows % size:
+            raise ValueError(
+                f"reduce_scatter: {rows} rows along dim {dim} do not divide among {size} members: pass sizes to reduce_scatterv, or pad"
+            )
+        return [rows // size] * size
+    if sum(_sizes("reduce_scatterv", sizes, size)) != rows:
+        raise ValueError(f"reduce_scatterv: sizes {list(sizes)} add up to {sum(sizes)}, but dim {dim} has {rows} rows: make them equal")
+    return list(sizes)
+
+
+def ragged(tensors: Sequence[Tensor], dim: int, sizes: Sequence[int] | None, place: int, size: int) -> tuple[str, int]:
+    """What all_gatherv announces: everything but the rows, and the rows as its number."""
+    if not tensors:
+        raise ValueError("all_gatherv: got an empty list: pass at least one tensor")
+    counts = [tensor.shape[_dim("all_gatherv", tensor, dim)] for tensor in tensors]
+    if len(set(counts)) > 1:
+        raise ValueError(f"all_gatherv: the tensors have {counts} rows along dim {dim}: those of one call need equally many")
+    if sizes is not None and _sizes("all_gatherv", sizes, size)[place] != counts[0]:
+        raise ValueError(
+            f"all_gatherv: sizes {list(sizes)} give member {place} {sizes[place]} rows, but its tensor has {counts[0]} along dim {dim}: "
+            "pass the true sizes, or none"
+        )
+    shapes = [[*tensor.shape[: dim % tensor.dim()], -1, *tensor.shape[dim % tensor.dim() + 1 :]] for tensor in tensors]
+    shown = ", ".join(f"{dtype_name(tensor.dtype)} {shape}" for tensor, shape in zip(tensors, shapes, strict=True))
+    return f"all_gatherv {shown} sizes {'any' if sizes is None else list(sizes)}".replace("-1", "*"), counts[0]
+
+
 def same_everywhere(op: str, tensor: Tensor, src: int, size: int) -> tuple[str, int]:
     """What broadcast announces."""
     member("src", src, size)
@@ -86,11 +129,31 @@ def reduced_dtype(dtype: torch.dtype, op: str) -> torch.dtype:
     return torch.float32 if op == "mean" and not (dtype.is_floating_point or dtype.is_complex) else dtype
 
 
+def combine(stacked: Tensor, op: str) -> Tensor:
+    """Reduce tensors [num, ...] of one process along their first dim as all_reduce does among ranks."""
+    if op == "max":
+        return stacked.amax(0)
+    if op == "min":
+        return stacked.amin(0)
+    if op == "product":
+        return stacked.prod(0)
+    total = stacked.sum(0)
+    return total / len(stacked) if op == "mean" else total
+
+
 def _dim(op: str, tensor: Tensor, dim: int) -> int:
+    check_dense(tensor)
     if not -tensor.dim() <= dim < tensor.dim():
         hint = "a 0-dim tensor has none: pass x.reshape(1)" if tensor.dim() == 0 else f"choose one of {-tensor.dim()}..{tensor.dim() - 1}"
         raise ValueError(f"{op}: invalid dim {dim} for a tensor of shape {list(tensor.shape)}: {hint}")
     return dim % tensor.dim()
+
+
+def _sizes(op: str, sizes: Sequence[int], size: int) -> list[int]:
+    counts = list(sizes)
+    if len(counts) != size or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts):
+        raise ValueError(f"{op}: sizes {counts} must be {size} numbers of at least 0, one for each member")
+    return counts
 
 
 def _shown(tensor: Tensor) -> str:

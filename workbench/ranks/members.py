@@ -13,7 +13,9 @@ from workbench.errors import GroupError, StaleGroupError
 from workbench.ranks import announce
 from workbench.ranks.announce import Announcement
 
-__all__ = ["Members", "all_gather_bytes"]
+__all__ = ["Members"]
+
+_FEW_BYTES = 1 << 18
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name of the same operation
 
@@ -123,7 +125,8 @@ class Members:
 
     def destroy(self) -> None:
         """Close the group on this rank; a second call does nothing. A process group that others made is left alone."""
-        if self._is_owner and self._process_group is not None and not self._is_closed:
+        is_live = dist.is_initialized() and self._world is dist.group.WORLD  # a rebuilt world has taken its groups along
+        if self._is_owner and is_live and self._process_group is not None and not self._is_closed:
             dist.destroy_process_group(self._process_group)
         self._is_closed = True
         self._process_group = None
@@ -144,13 +147,14 @@ class Members:
             ValueError: this rank's arguments are wrong.
             GroupError: a peer's are, or members differ.
         """
-        process_group, problem = self.process_group, None
+        self.process_group  # noqa: B018  raises where this rank is no member or the group is gone
+        problem: Exception | None = None
         try:
             mine = Announcement(*describe())
         except Exception as error:
             problem, mine = error, Announcement(f"{type(error).__name__}: {error}", is_refusal=True)
         if self.world_size > 1 and (self.checks or always):
-            gathered = all_gather_bytes(process_group, announce.encode(mine), self._places)
+            gathered = self._gather_equal(announce.encode(mine))
             heard = [announce.decode(row) for row in gathered]
         else:
             heard = [mine] * self.world_size
@@ -159,17 +163,32 @@ class Members:
         announce.agree(heard, ranks=self.ranks, name=self.name)
         return [a.number for a in heard]
 
+    def _gather_bytes(self, data: Tensor, sizes: Sequence[int]) -> Tensor:
+        """The bytes of all members one after another: uint8 [sum(sizes)], in group order.
 
-def all_gather_bytes(process_group: dist.ProcessGroup, data: Tensor, places: Sequence[int]) -> Tensor:
-    """Equal numbers of bytes of every member: uint8 [world_size, num_bytes], in group order.
+        Args:
+            data: this member's, uint8 [sizes[rank_in_group]].
+        """
+        if max(sizes) * self.world_size <= _FEW_BYTES:  # one collective of padded rows; beyond, its copies cost more than more collectives
+            padded = torch.zeros(max(sizes), dtype=torch.uint8)
+            padded[: data.numel()] = data
+            rows = self._gather_equal(padded)
+            return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+        whole = torch.empty(sum(sizes), dtype=torch.uint8)
+        parts = whole.split(list(sizes))
+        parts[self.rank_in_group].copy_(data)
+        for rank, part in zip(self.ranks, parts, strict=True):
+            if part.numel():
+                dist.broadcast(part, src=rank, group=self.process_group)
+        return whole
 
-    Args:
-        places: place in the group of each rank of the process group.
-    """
-    gathered = torch.empty((len(places), data.numel()), dtype=torch.uint8)
-    _gather_into(gathered.view(-1), data, group=process_group)
-    if list(places) == sorted(places):
-        return gathered
-    ordered = torch.empty_like(gathered)
-    ordered[torch.tensor(places)] = gathered
-    return ordered
+    def _gather_equal(self, data: Tensor) -> Tensor:
+        """Equal numbers of bytes of every member: uint8 [world_size, num_bytes], in group order."""
+        gathered = torch.empty((self.world_size, data.numel()), dtype=torch.uint8)
+        if data.numel():
+            _gather_into(gathered.view(-1), data, group=self.process_group)
+        if self._places == sorted(self._places):
+            return gathered
+        ordered = torch.empty_like(gathered)
+        ordered[torch.tensor(self._places)] = gathered
+        return ordered

@@ -1,0 +1,229 @@
+"""Operations that all members of a group call together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from workbench.ranks import arguments, tensor_dict
+from workbench.ranks.point_to_point import PointToPoint
+from workbench.ranks.wire import bytes_of, from_bytes, seal, unseal
+
+__all__ = ["Collectives"]
+
+
+class Collectives(PointToPoint):
+    """Reductions, gathers and broadcasts over a group; none changes its input but `broadcast` and `broadcast_object_list`."""
+
+    def all_reduce(self, input_: Tensor, op: str = "sum", *, inplace: bool = False) -> Tensor:
+        """Combine equal-shaped tensors of all members element by element.
+
+        Args:
+            op: "sum", "mean", "max", "min" or "product". A sum of bools is their "or"; a mean of integers is float32.
+            inplace: write into `input_` and return it.
+
+        Returns:
+            The same shape on every member.
+
+        Raises:
+            ValueError: gloo cannot reduce this dtype with this op (int16, float8 and unsigned types beyond uint8).
+        """
+        self._announce(lambda: arguments.reducible("all_reduce", input_, op, inplace))
+        if self.world_size == 1 and arguments.reduced_dtype(input_.dtype, op) == input_.dtype:
+            return input_
+        result = self._reduced(input_, op).to(input_.device)
+        return _write(input_, result) if inplace else result
+
+    def reduce_scatter(self, input_: Tensor, dim: int = -1) -> Tensor:
+        """Sum equal-shaped tensors of all members and give each its equal part along `dim`.
+
+        Raises:
+            ValueError: the dim does not divide by the group's size.
+        """
+        return self.reduce_scatterv(input_, dim)
+
+    def reduce_scatterv(self, input_: Tensor, dim: int = -1, sizes: Sequence[int] | None = None) -> Tensor:
+        """Sum equal-shaped tensors of all members and give member i its sizes[i] rows along `dim`; without sizes, equal parts.
+
+        Two ranks that both pass [[1, 2, 3]] with dim -1, sizes [1, 2] get [[2]] and [[4, 6]].
+        """
+        parts: list[int] = []
+
+        def describe() -> tuple[str, int]:
+            text, number = arguments.reducible("reduce_scatter", input_, "sum", False)
+            parts[:] = arguments.parts(input_, dim, sizes, self.world_size)
+            return f"{text} dim {dim % input_.dim()} as {parts}", number
+
+        self._announce(describe)
+        if self.world_size == 1:
+            return input_
+        mine: Tensor = self._reduced(input_, "sum").split(parts, dim=dim)[self.rank_in_group]
+        return mine.contiguous().to(input_.device)
+
+    def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
+        """The members' equal-shaped tensors side by side along `dim`, in group order."""
+        self._announce(lambda: arguments.gatherable("all_gather", input_, dim))
+        if self.world_size == 1:
+            return input_
+        data = bytes_of(input_)
+        gathered = self._gather_bytes(data, [data.numel()] * self.world_size)
+        return _side_by_side(gathered, input_, dim, self.world_size)
+
+    @overload
+    def all_gatherv(self, input_: Tensor, dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor: ...
+    @overload
+    def all_gatherv(self, input_: Sequence[Tensor], dim: int = 0, sizes: Sequence[int] | None = None) -> list[Tensor]: ...
+
+    def all_gatherv(self, input_: Tensor | Sequence[Tensor], dim: int = 0, sizes: Sequence[int] | None = None) -> Tensor | list[Tensor]:
+        """The members' tensors side by side along `dim`, in group order; they may differ in their rows along `dim`, down to none.
+
+        Args:
+            input_: a tensor, or several that have equally many rows: then a list comes back.
+            sizes: rows of each member, where all know them; each member's own must be true.
+        """
+        tensors = [input_] if isinstance(input_, Tensor) else list(input_)
+        rows = self._announce(lambda: arguments.ragged(tensors, dim, sizes, self.rank_in_group, self.world_size), always=True)
+        gathered = tensors if self.world_size == 1 else [self._gather_rows(tensor, dim, rows) for tensor in tensors]
+        return gathered[0] if isinstance(input_, Tensor) else gathered
+
+    def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
+        """The members' equal-shaped tensors side by side along `dim` on member `dst`, None on the others."""
+        self._announce(lambda: arguments.gatherable("gather", input_, dim, dst=dst, size=self.world_size))
+        if self.world_size == 1:
+            return input_
+        data, is_mine = bytes_of(input_), self.rank_in_group == dst
+        gathered = torch.empty((self.world_size if is_mine else 0, data.numel()), dtype=torch.uint8)
+        if data.numel():
+            into = [gathered[place] for place in self._places] if is_mine else None
+            dist.gather(data, into, dst=self.ranks[dst], group=self.process_group)
+        return _side_by_side(gathered.view(-1), input_, dim, self.world_size) if is_mine else None
+
+    def broadcast(self, input_: Tensor, src: int = 0) -> Tensor:
+        """Write member `src`'s tensor into `input_` of every member, and return it."""
+        self._announce(lambda: arguments.same_everywhere("broadcast", input_, src, self.world_size))
+        if self.world_size == 1 or input_.numel() == 0:
+            return input_
+        data = bytes_of(input_)
+        dist.broadcast(data, src=self.ranks[src], group=self.process_group)
+        return input_ if self.rank_in_group == src else _write(input_, from_bytes(data, input_.dtype, input_.shape))
+
+    def broadcast_object(self, obj: Any | None = None, src: int = 0) -> Any:
+        """Member `src`'s object on every member; what the others pass is not looked at."""
+        return self._broadcast_object("broadcast_object", lambda: obj, obj, src, self.process_group)
+
+    def broadcast_object_list(self, obj_list: list[Any], src: int = 0, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Replace the list's items on every member by those of member `src`, and return the list.
+
+        Args:
+            group: a process group over the same ranks to send through, in place of this one's.
+
+        Raises:
+            GroupError: the lists differ in length.
+        """
+        operation = f"broadcast_object_list of {len(obj_list)}"
+        obj_list[:] = self._broadcast_object(operation, lambda: obj_list, obj_list, src, group or self.process_group)
+        return obj_list
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """The members' objects, in group order."""
+        sealed: list[Tensor] = []
+
+        def describe() -> tuple[str, int]:
+            sealed.append(seal(obj) if self.world_size > 1 else torch.empty(0, dtype=torch.uint8))
+            return "all_gather_object", sealed[0].numel()
+
+        sizes = self._announce(describe, always=True)
+        if self.world_size == 1:
+            return [obj]
+        parts = self._gather_bytes(sealed[0], sizes).split(sizes)
+        return [obj if place == self.rank_in_group else unseal(part) for place, part in enumerate(parts)]
+
+    def broadcast_tensor_dict(
+        self,
+        tensor_dict_: dict[Any, Any] | None = None,
+        src: int = 0,
+        group: dist.ProcessGroup | None = None,
+        metadata_group: dist.ProcessGroup | None = None,
+    ) -> dict[Any, Any] | None:
+        """Member `src`'s dict of tensors and other values on every member, in its order; nested values go along.
+
+        Args:
+            group: a process group over the same ranks for the tensors.
+            metadata_group: one for everything else.
+        """
+        packed: list[tensor_dict.Packed] = []
+
+        def pack() -> tensor_dict.Form:
+            packed.append(tensor_dict.pack(tensor_dict_))
+            return packed[0].form
+
+        form = self._broadcast_object("broadcast_tensor_dict", pack, None, src, metadata_group or self.process_group)
+        if self.world_size == 1:
+            return tensor_dict_
+        buffers = packed[0].buffers if packed else form.make_room()
+        for buffer in buffers:
+            if buffer.numel():
+                dist.broadcast(buffer, src=self.ranks[src], group=group or self.process_group)
+        return tensor_dict_ if packed else form.fill(buffers)
+
+    def barrier(self) -> None:
+        """Return once every member has called it."""
+        self._announce(lambda: ("barrier", 0))
+        if self.world_size > 1:
+            dist.barrier(group=self.process_group)
+
+    def _broadcast_object(self, operation: str, pack: Callable[[], Any], own: Any, src: int, process_group: dist.ProcessGroup) -> Any:
+        """What `pack()` gives on member `src`; that member itself keeps `own`."""
+        sealed = torch.empty(0, dtype=torch.uint8)
+
+        def describe() -> tuple[str, int]:
+            nonlocal sealed
+            arguments.member("src", src, self.world_size)
+            if self.rank_in_group == src:
+                sealed = seal(pack()) if self.world_size > 1 else sealed
+            return f"{operation} from {src}", sealed.numel()
+
+        num_bytes = self._announce(describe, always=True)[src]
+        if self.world_size == 1:
+            return own
+        if self.rank_in_group != src:
+            sealed = torch.empty(num_bytes, dtype=torch.uint8)
+        dist.broadcast(sealed, src=self.ranks[src], group=process_group)
+        return own if self.rank_in_group == src else unseal(sealed)
+
+    def _reduced(self, input_: Tensor, op: str) -> Tensor:
+        """A new tensor on the CPU, contiguous, in the result's dtype."""
+        work = input_.detach().to(device="cpu", dtype=arguments.accumulator(input_.dtype, op)).clone(memory_format=torch.contiguous_format)
+        if work.numel() and self.world_size > 1:
+            dist.all_reduce(work, op=arguments.REDUCE_OPS[op], group=self.process_group)
+        if op == "mean":
+            work = work / self.world_size
+        return work.to(arguments.reduced_dtype(input_.dtype, op))
+
+    def _gather_rows(self, tensor: Tensor, dim: int, rows: Sequence[int]) -> Tensor:
+        """One tensor of all_gatherv: the rows along `dim` of all members."""
+        mine = tensor.movedim(dim, 0)
+        row_bytes = prod(mine.shape[1:]) * mine.element_size()
+        data = self._gather_bytes(bytes_of(mine), [count * row_bytes for count in rows])
+        gathered = from_bytes(data, tensor.dtype, (sum(rows), *mine.shape[1:]))
+        return gathered.movedim(0, dim).contiguous().to(tensor.device)
+
+
+def _side_by_side(gathered: Tensor, like: Tensor, dim: int, size: int) -> Tensor:
+    """The tensors whose bytes follow one another, uint8 [size * bytes], concatenated along `dim`."""
+    parts = from_bytes(gathered, like.dtype, (size, *like.shape))
+    if dim % like.dim() == 0:  # they lie side by side already
+        return parts.reshape(size * like.shape[0], *like.shape[1:]).to(like.device)
+    return torch.cat(parts.unbind(0), dim=dim).to(like.device)
+
+
+def _write(target: Tensor, source: Tensor) -> Tensor:
+    with torch.no_grad():
+        target.copy_(source)
+    return target
+
