@@ -189,7 +189,7 @@ class RolloutBatch:
 
     @property
     def finish_reasons(self) -> tuple[str, ...]:
-        """"stop", "length", "abort" or "error" per completion."""
+        """ "stop", "length", "abort" or "error" per completion."""
         return tuple(FinishReason(int(code)).label for code in self.finish_codes)
 
     def tokens_of(self, completion: int) -> NDArray[np.int32]:

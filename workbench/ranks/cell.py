@@ -69,5 +69,3 @@ def _users_part(found: TracebackType | None) -> TracebackType | None:
     while step is not None and step.tb_frame.f_code.co_filename.startswith(_PACKAGE):
         step = step.tb_next
     return step or found
-
-

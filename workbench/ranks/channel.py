@@ -147,7 +147,9 @@ class ChannelReader:
             yield memoryview(start)
             magic, num_parts = _FRAME.unpack(start)
             if magic != _MAGIC:
-                raise ConnectionError(f"a channel carried {bytes(magic)!r} where a message begins: the two ends run different versions of workbench")
+                raise ConnectionError(
+                    f"a channel carried {bytes(magic)!r} where a message begins: the two ends run different versions of workbench"
+                )
             sizes = bytearray(8 * num_parts)
             yield memoryview(sizes)
             parts = [bytearray(size) for size in struct.unpack(f"<{num_parts}Q", sizes)]

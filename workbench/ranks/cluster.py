@@ -247,7 +247,13 @@ class Cluster:
         return self._await(cell, handle) if block else handle
 
     def _new_cell(
-        self, task: Task, text: str, members: Sequence[int], timeout_s: float | None, label: str, on_output: Callable[[int, str, str], None] | None
+        self,
+        task: Task,
+        text: str,
+        members: Sequence[int],
+        timeout_s: float | None,
+        label: str,
+        on_output: Callable[[int, str, str], None] | None,
     ) -> ActiveCell:
         self._refuse_when_closed_or_busy()
         dead = [rank for rank in members if self._processes.links[rank].is_dead]
@@ -402,5 +408,3 @@ def _close(processes: Processes, owned: list[Callable[[], None]]) -> None:
         with contextlib.suppress(Exception):
             close()
     processes.close()
-
-

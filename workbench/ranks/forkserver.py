@@ -196,7 +196,9 @@ def main(argv: list[str]) -> None:
     import torch
 
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        write_frame(sock, Spawned(pid=0, error="importing made a CUDA context, which children cannot inherit: launch with start_method='spawn'"))
+        write_frame(
+            sock, Spawned(pid=0, error="importing made a CUDA context, which children cannot inherit: launch with start_method='spawn'")
+        )
         return
     gc.collect()
     gc.freeze()  # children then do not touch (and so copy) the pages of what is imported

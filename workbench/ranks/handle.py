@@ -60,7 +60,9 @@ class CellResult(Mapping[int, RankOutput]):
         """(ranks, text) of each distinct output, in order of the first rank that gave it; ranks that gave nothing are left out."""
         by_text: dict[str, list[int]] = {}
         for rank, output in self._outputs.items():
-            text = "".join(part if part.endswith("\n") else part + "\n" for part in (output.stdout, output.stderr, output.result_text) if part)
+            text = "".join(
+                part if part.endswith("\n") else part + "\n" for part in (output.stdout, output.stderr, output.result_text) if part
+            )
             by_text.setdefault(text, []).append(rank)
         return [(tuple(ranks), text) for text, ranks in by_text.items() if text]
 
@@ -83,7 +85,7 @@ class CellResult(Mapping[int, RankOutput]):
 
 
 def name_ranks(ranks: Sequence[int]) -> str:
-    """"rank 2", "ranks 0-3", "ranks 0, 2-3"."""
+    """ "rank 2", "ranks 0-3", "ranks 0, 2-3"."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):
         if runs and rank == runs[-1][-1] + 1:
@@ -143,7 +145,9 @@ class ActiveCell:
 
     def error(self) -> RankError | None:
         """What to raise, by precedence: a rank failed, mismatch, deadlock, timeout, interrupt."""
-        raised = sorted(((d.error, r) for r, d in self.done.items() if d.outcome is Outcome.RAISED and d.error), key=lambda item: item[0].at_s)
+        raised = sorted(
+            ((d.error, r) for r, d in self.done.items() if d.outcome is Outcome.RAISED and d.error), key=lambda item: item[0].at_s
+        )
         own = [(e, r) for e, r in raised if not e.is_mismatch]
         if self.deaths and (not own or self.stop_reason != "failure"):
             return self._with(next(iter(self.deaths.values())))
@@ -163,7 +167,9 @@ class ActiveCell:
             return self._make(RankDeadlock, f"{head}\n{needed}\n\n{text}")
         if self.stop_reason == "timeout":
             head = f"{self.name} was stopped after {self.timeout_s:g} s (timeout_s)" + (f": {sentence}" if sentence else "")
-            return self._make(RankTimeout, f"{head}\nall ranks were freed and keep their names; give a larger timeout_s if it only needs longer\n\n{text}")
+            return self._make(
+                RankTimeout, f"{head}\nall ranks were freed and keep their names; give a larger timeout_s if it only needs longer\n\n{text}"
+            )
         if self.stop_reason == "interrupt":
             head = f"{self.name} was interrupted" + (f": {sentence}" if sentence else "")
             return self._make(RankInterrupted, f"{head}\nall ranks were freed and keep their names\n\n{text}")

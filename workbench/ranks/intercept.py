@@ -142,7 +142,11 @@ class Interceptor:
     def _learn(self, process_group: Any, args: tuple[Any, ...], kwargs: dict[str, Any], new: frozenset[sockets.Connection]) -> None:
         ranks = tuple(kwargs.get("global_ranks_in_group", args[2] if len(args) > 2 else ())) or tuple(range(process_group.size()))
         description = kwargs.get("group_desc") or process_group.group_desc
-        name = "world" if description == "default_pg" else str(description if description not in (None, "", "undefined") else process_group.group_name)
+        name = (
+            "world"
+            if description == "default_pg"
+            else str(description if description not in (None, "", "undefined") else process_group.group_name)
+        )
         key = _key(f"{self.generation}:{process_group.group_name}:{ranks}")
         group = KnownGroup(key=key, name=name, ranks=ranks, generation=self.generation, process_group=process_group, connections=new)
         self._groups[id(process_group)] = group
@@ -236,10 +240,16 @@ class Interceptor:
         if key not in self._channels:
             self._channels.add(key)
             name = f"{source} to {target} in {group.name}"
-            self._announce(KnownGroup(key=key, name=name, ranks=(source, target), generation=group.generation, process_group=None, connections=frozenset()))
+            self._announce(
+                KnownGroup(
+                    key=key, name=name, ranks=(source, target), generation=group.generation, process_group=None, connections=frozenset()
+                )
+            )
         return key, (() if operation.name == "send" else (source,)), f"{text} {'to' if operation.name == 'send' else 'from'} rank {peer}"
 
-    def _meet(self, operation: Operation, key: int, sequence: int, text: str, peers: Sequence[int], group: KnownGroup, *, waits: bool) -> None:
+    def _meet(
+        self, operation: Operation, key: int, sequence: int, text: str, peers: Sequence[int], group: KnownGroup, *, waits: bool
+    ) -> None:
         """Wait for the peers, then compare what each is about to do."""
         try:
             while True:

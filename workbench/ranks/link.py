@@ -39,7 +39,9 @@ class Link:
     def is_dead(self) -> bool:
         return self.exit_status is not None
 
-    def start(self, server: ForkServer, config: Any, board: Board, environment: dict[str, str], on_exit: Callable[[Link, int], None]) -> None:
+    def start(
+        self, server: ForkServer, config: Any, board: Board, environment: dict[str, str], on_exit: Callable[[Link, int], None]
+    ) -> None:
         """Fork the process; its ends of the channel and pipes are then its own."""
         self.pid = server.spawn(
             "workbench.ranks.rank:main",

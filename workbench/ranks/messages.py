@@ -1,7 +1,7 @@
 """What driver and rank say to each other, as typed records.
 
-    driver -> rank   RunCell  Free  Look  Rebuild
-    rank -> driver   Ready  GroupFormed  CellDone  Seen  Rebuilt  Mark
+driver -> rank   RunCell  Free  Look  Rebuild
+rank -> driver   Ready  GroupFormed  CellDone  Seen  Rebuilt  Mark
 """
 
 from __future__ import annotations
@@ -9,7 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["CellDone", "CellError", "Free", "GroupFormed", "Look", "Mark", "Outcome", "Ready", "Rebuild", "Rebuilt", "RunCell", "Seen", "Task"]
+__all__ = [
+    "CellDone",
+    "CellError",
+    "Free",
+    "GroupFormed",
+    "Look",
+    "Mark",
+    "Outcome",
+    "Ready",
+    "Rebuild",
+    "Rebuilt",
+    "RunCell",
+    "Seen",
+    "Task",
+]
 
 
 class Task(StrEnum):

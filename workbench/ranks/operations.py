@@ -16,7 +16,9 @@ import torch.distributed.distributed_c10d as c10d
 
 __all__ = ["OPERATIONS", "Operation", "num_bytes", "remember_reduce_ops"]
 
-_last = threading.local()  # the options that this thread built last: the operator itself carries its reduce op in a form that cannot be read
+_last = (
+    threading.local()
+)  # the options that this thread built last: the operator itself carries its reduce op in a form that cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def _remembering(make: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _reduce_op() -> str:
-    """"sum", "max", ...; "?" for a call from C++ (DDP), which is always compared as such."""
+    """ "sum", "max", ...; "?" for a call from C++ (DDP), which is always compared as such."""
     options, _last.options = getattr(_last, "options", None), None
     if options is None:
         return "?"
@@ -108,7 +110,9 @@ OPERATIONS: dict[str, Operation] = {
     "gather_": Operation("gather", 2, 4, _rooted_inputs("gather", 1)),
     "scatter_": Operation("scatter", 2, 4, _rooted_inputs("scatter", 0)),
     "reduce_scatter_": Operation("reduce_scatter", 2, 4, lambda a: f"reduce_scatter({_shapes(a[0])}, op={_reduce_op()})"),
-    "_reduce_scatter_base_": Operation("reduce_scatter_tensor", 2, 4, lambda a: f"reduce_scatter_tensor({_shapes(a[0])}, op={_reduce_op()})"),
+    "_reduce_scatter_base_": Operation(
+        "reduce_scatter_tensor", 2, 4, lambda a: f"reduce_scatter_tensor({_shapes(a[0])}, op={_reduce_op()})"
+    ),
     "reduce_scatter_tensor_coalesced_": Operation(
         "reduce_scatter_tensor_coalesced", 2, 4, lambda a: f"reduce_scatter_tensor_coalesced({_shapes(a[0])}, op={_reduce_op()})"
     ),

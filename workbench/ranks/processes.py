@@ -78,7 +78,9 @@ class Processes:
                 self.raise_startup_error()
                 if time.monotonic() > limit:
                     late = [link.rank for link in self.links if not link.is_ready]
-                    raise LaunchError(f"ranks {late} of {self.world_size} did not join the world within {_START_LIMIT_S:.0f} s\nlaunch fewer ranks")
+                    raise LaunchError(
+                        f"ranks {late} of {self.world_size} did not join the world within {_START_LIMIT_S:.0f} s\nlaunch fewer ranks"
+                    )
                 self.conductor.changed.wait(0.05)
         self.raise_startup_error()
 
@@ -175,7 +177,7 @@ def _allow_descriptors(needed: int) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < needed:
         if hard != resource.RLIM_INFINITY and hard < needed:
-            raise LaunchError(f"{needed} open files are needed, this process may have {hard}\nraise the limit (ulimit -n), or launch fewer ranks")
+            raise LaunchError(
+                f"{needed} open files are needed, this process may have {hard}\nraise the limit (ulimit -n), or launch fewer ranks"
+            )
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-

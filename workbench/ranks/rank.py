@@ -72,7 +72,9 @@ class Rank:
         self.interceptor.begin_generation(self.config.generation)
         self._join(self.config.generation)
         group = Group.from_process_group(_world(), name="world")
-        here = Current(rank=self.config.rank, world_size=self.config.world_size, group=group, layout=Layout(world_size=self.config.world_size))
+        here = Current(
+            rank=self.config.rank, world_size=self.config.world_size, group=group, layout=Layout(world_size=self.config.world_size)
+        )
         here.generation, here.process = self.config.generation, self
         set_current(here)
         self.here = here
@@ -92,7 +94,12 @@ class Rank:
         import workbench
 
         sys.modules["__main__"] = self.module
-        names: dict[str, Any] = {"rank": self.config.rank, "world_size": self.config.world_size, "group": self.here.group, "groups": self.here.groups}
+        names: dict[str, Any] = {
+            "rank": self.config.rank,
+            "world_size": self.config.world_size,
+            "group": self.here.group,
+            "groups": self.here.groups,
+        }
         self.module.__dict__.update(names | {"torch": torch, "dist": dist, "wb": workbench})
 
     def _announce(self, group: KnownGroup) -> None:

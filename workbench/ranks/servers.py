@@ -25,7 +25,9 @@ __all__ = ["ForkServer", "describe_exit", "fork_server"]
 # read when a library is loaded, so a server that runs already cannot take them over
 _LOAD_TIME_NAMES = ("LD_PRELOAD", "LD_LIBRARY_PATH", "MALLOC_", "KMP_", "OMP_", "GOMP_", "MKL_", "PYTHON", "CUDA_VISIBLE_DEVICES")
 _START_LIMIT_S = 120.0
-_COMMAND = "import sys; from workbench.ranks.forkserver import main; main(sys.argv[1:])"  # not -m: records must be of the module, not of __main__
+_COMMAND = (
+    "import sys; from workbench.ranks.forkserver import main; main(sys.argv[1:])"  # not -m: records must be of the module, not of __main__
+)
 
 _servers: dict[tuple[Any, ...], ForkServer] = {}  # one a kind for the life of the driver
 _servers_lock = threading.Lock()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -81,7 +81,7 @@ class EngineHandle:
 
     @property
     def status(self) -> str:
-        """"starting", "awake", "weights_only", "asleep" or "dead"."""
+        """ "starting", "awake", "weights_only", "asleep" or "dead"."""
         if self._is_closed or any(host.client.status is EngineStatus.DEAD for host in self._hosts):
             return EngineStatus.DEAD
         return self._hosts[0].client.status
@@ -164,7 +164,9 @@ class EngineHandle:
 
         self._check_alive()
         rows = self._each(lambda host: host.client.memory())
-        return pd.DataFrame([{**asdict(row), "rank": host.rank, "pid": host.address.pid} for row, host in zip(rows, self._hosts, strict=True)])
+        return pd.DataFrame(
+            [{**asdict(row), "rank": host.rank, "pid": host.address.pid} for row, host in zip(rows, self._hosts, strict=True)]
+        )
 
     def at_step(self, step: int) -> None:
         """Label spans and sleep reports that follow with a rollout's step."""

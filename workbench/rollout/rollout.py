@@ -99,7 +99,9 @@ def rollout(
     started = time.monotonic()
     start_spans: list[Span] = []
     if engine is None:
-        engine = _own_engine(cluster, start_spans, model=model, mode=mode, tp=tp, backend=backend, kv_cache_bytes=kv_cache_bytes, **engine_options)
+        engine = _own_engine(
+            cluster, start_spans, model=model, mode=mode, tp=tp, backend=backend, kv_cache_bytes=kv_cache_bytes, **engine_options
+        )
     recorder = _Recorder(cluster, engine, started, start_spans)
     for step in range(num_steps):
         recorder.step(_order(engine, step, shards, sampling, scatter, on_error), sleep_level)
@@ -197,7 +199,9 @@ class _Recorder:
         self.sampler.stop()
         spans, sleeps = self.engine.take_records()
         marks = [
-            Span(step=-1, rank=-1, span="mark", start_s=at_s, end_s=at_s, label=label) for at_s, label in self.cluster.marks if at_s >= self.started
+            Span(step=-1, rank=-1, span="mark", start_s=at_s, end_s=at_s, label=label)
+            for at_s, label in self.cluster.marks
+            if at_s >= self.started
         ]
         return Run(
             batches=self.batches,

@@ -151,7 +151,11 @@ class _Starter:
         ours, theirs = socket.socketpair()
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         environment = {k: v for k, v in os.environ.items() if k not in _NOT_FOR_ENGINES}
-        environment |= _ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo", "VLLM_HOST_IP": "127.0.0.1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0")}
+        environment |= _ENVIRONMENT | {
+            "GLOO_SOCKET_IFNAME": "lo",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
+        }
         ended: list[int] = []
 
         def on_exit(status: int) -> None:
@@ -163,7 +167,9 @@ class _Starter:
         try:
             server = fork_server(_PRELOAD[self.spec.backend], _ENVIRONMENT)
             pid = 0
-            pid = server.spawn("workbench.rollout.host:main", config, fds=[out, out, theirs.fileno()], environment=environment, on_exit=on_exit)
+            pid = server.spawn(
+                "workbench.rollout.host:main", config, fds=[out, out, theirs.fileno()], environment=environment, on_exit=on_exit
+            )
         finally:
             theirs.close()
             os.close(out)
@@ -197,7 +203,9 @@ class _Starter:
                                 "the ranks live on; try a smaller model or kv_cache_bytes"
                             ) from None
                         if waited > 2:
-                            progress.show(f"starting {self.spec.backend} with {self.spec.model}: {waited:.0f} s (log: {host.address.log_path})")
+                            progress.show(
+                                f"starting {self.spec.backend} with {self.spec.model}: {waited:.0f} s (log: {host.address.log_path})"
+                            )
                     except EngineError as error:
                         status = self.exits.get(host.address.pid)
                         how = f"; it ended with {describe_exit(status)[1] or describe_exit(status)[0]}" if status else ""
