@@ -1,9 +1,9 @@
 """A research workbench for simulated multi-rank experiments on one box.
 
-Words: a *rank* is a process of the world, numbered 0 to world size - 1. An *axis* of a layout (dp, tp, pp, ...) has a *degree*, its size; a *group*
-is the ranks that differ in one axis only; *dim* is a tensor's dimension, never an axis. A *prompt* gets *completions*, each one sample; a *rollout*
-is one gather -> generate -> scatter, and a *step* is one of several. The *engine* generates. A *generation* of a cluster is its n-th process group
-since launch. The *driver* is the notebook's kernel.
+Words: a *rank* is a process of the world, numbered 0 to world size - 1. An *axis* of a layout (dp, tp, pp, ...) has a *degree*, its size;
+a *group* is the ranks that differ in one axis only; *dim* is a tensor's dimension, never an axis. A *prompt* gets *completions*, each one
+sample; a *rollout* is one gather -> generate -> scatter, and a *step* is one of several. The *engine* generates. A *generation* of a
+cluster is its n-th process group since launch. The *driver* is the notebook's kernel.
 
 Importing this loads neither torch nor vllm: names are looked up when first used.
 """
@@ -22,8 +22,8 @@ _HOMES = {
     "workbench.ranks.current": "Current current is_first_rank print_first_rank",
     "workbench.ranks.launch": "launch",
     "workbench.errors": (
-        "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError RankFailed "
-        "RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
+        "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError "
+        "RankFailed RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
     ),
     "workbench.plan.layout": "Layout",
     "workbench.plan.lengths": "LengthStats length_stats",
@@ -65,6 +65,10 @@ class _Package(ModuleType):
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _HOME_OF and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # functions of a notebook that say `wb` travel to ranks; cloudpickle knows plain modules only
+        return import_module, (self.__name__,)
 
 
 sys.modules[__name__].__class__ = _Package

@@ -147,7 +147,8 @@ class RolloutBatch:
         texts: decoded completions, a list [num_completions], prompt by prompt, sample by sample.
         tokens: generated token ids, int32 [num_tokens].
         offsets: int64 [num_completions + 1].
-        logprobs: log-probability of each token before temperature, float32 [num_tokens], NaN where the engine gave none; None when not asked.
+        logprobs: log-probability of each token before temperature, float32 [num_tokens], NaN where the engine gave none; None when not
+            asked.
         finish_codes: `FinishReason` of each completion, int8 [num_completions].
         weight_versions: version of the weights that wrote it, int64 [num_completions].
         prompt_index: index into `prompts`, int32 [num_completions].

@@ -5,8 +5,8 @@
                                                  compare texts: an odd one is a mismatch
     driver, at any time, without any rank's help: read who waits in what since when
 
-A rank writes only its own area, so there is nothing to lock. Waiting is a futex on the doorbell of the first missing peer: woken at once, and
-interruptible. Two ranks that waited for each other on the board have not touched gloo, so stopping them breaks nothing.
+A rank writes only its own area, so there is nothing to lock. Waiting is a futex on the doorbell of the first missing peer: woken at once,
+and interruptible. Two ranks that waited for each other on the board have not touched gloo, so stopping them breaks nothing.
 
 Knows shared memory. Does not know torch, cells or processes. x86-64 only: it relies on stores becoming visible in order.
 """

@@ -2,9 +2,8 @@
 
     frame = magic+counts (fixed) | size of each part (uint64) | header (pickle of a record) | value (cloudpickle) | buffer | buffer ...
 
-Knows framing and pickling. Does not know what messages mean, nor ranks. The two ends are made as a socket pair, or share a 0700 folder and a
-token, so nothing is unpickled that a stranger could have sent.
-"""
+Knows framing and pickling. Does not know what messages mean, nor ranks. The two ends are made as a socket pair, or share a 0700 folder
+and a token, so nothing is unpickled that a stranger could have sent."""
 
 from __future__ import annotations
 
@@ -62,8 +61,8 @@ def frame(header: Any, value: Packed | None) -> list[memoryview]:
 class ChannelWriter:
     """Writes messages; whole messages only, from any thread.
 
-    A non-blocking socket (driver) keeps what did not fit in `pending` for the loop that calls `flush`; a blocking one (rank) writes at once.
-    """
+    A non-blocking socket (driver) keeps what did not fit in `pending` for the loop that calls `flush`; a blocking one (rank) writes at
+    once."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock

@@ -287,7 +287,8 @@ class Cluster:
         active = self._conductor.active
         if active is not None:
             raise ClusterBusy(
-                f"{active.name} still runs on ranks {sorted(active.pending)}\nwait for its handle's result(), or stop it: cluster.interrupt()"
+                f"{active.name} still runs on ranks {sorted(active.pending)}\n"
+                "wait for its handle's result(), or stop it: cluster.interrupt()"
             )
 
     def _await(self, cell: ActiveCell, handle: CellHandle) -> Any:
@@ -378,7 +379,10 @@ class Cluster:
     # -- records ------------------------------------------------------------------------------------------------------------------------
 
     def ledger(self) -> pd.DataFrame:
-        """A row a collective and rank: rank, op, group, sequence, num_bytes, start_s, wait_s, duration_s, cell, line; the last 4,096 of each rank."""
+        """The last 4,096 collectives of each rank, a row each.
+
+        Columns: rank, op, group, sequence, num_bytes, start_s, wait_s, duration_s, cell, line.
+        """
         return ledger_frame(self._conductor.board, self._conductor.groups)
 
     def to_perfetto(self, path: str | os.PathLike[str]) -> Path:

@@ -2,7 +2,8 @@
 
     channels, pipes --> conductor --> ActiveCell (outputs, values, errors)
                            |  every tick: failure? death? certain deadlock? time over?  ->  stop
-    stop:  look (who is where)  ->  board: waits end  ->  signal  ->  shut gloo connections  ->  kill   (each later, and only if still needed)
+    stop:  look (who is where)  ->  board: waits end  ->  signal  ->  shut gloo connections  ->  kill   (each later, and only if still
+        needed)
     when all have answered: where gloo connections were shut, all ranks form the next generation
 
 Knows links, the board and one active cell. Does not know notebooks, layouts or what cells are for.

@@ -1,4 +1,6 @@
-"""`wb.current()`: this rank, its world, its groups. In a process that is no rank of a cluster it attaches to torchrun's or SLURM's environment.
+"""`wb.current()`: this rank, its world, its groups.
+
+In a process that is no rank of a cluster it attaches to torchrun's or SLURM's environment.
 
 Knows this process's place. Does not know the driver.
 """
@@ -51,7 +53,8 @@ def current() -> Current:
     """This rank.
 
     Raises:
-        WorkbenchError: the process is no rank, and no launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR; SLURM_PROCID, SLURM_NTASKS) tells.
+        WorkbenchError: the process is no rank, and no launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR; SLURM_PROCID, SLURM_NTASKS)
+            tells.
     """
     global _here
     if _here is None:

@@ -3,10 +3,9 @@
     driver --(socket pair: Spawn + descriptors)--> server --fork--> child: environment, descriptors 0-2, entry(config, fds)
     driver <--(Spawned pid, Exited pid status)---- server
 
-Run as `main([FD, MODULE...])`. It only imports and forks: one large torch operation here and a child's first would hang
-in libgomp. It forks from its main thread (parent-death signals follow the thread), has no other thread, reaps its children, and ends all of them
-and itself when the driver's end closes. Knows processes. Does not know what the children do.
-"""
+Run as `main([FD, MODULE...])`. It only imports and forks: one large torch operation here and a child's first would hang in libgomp. It
+forks from its main thread (parent-death signals follow the thread), has no other thread, reaps its children, and ends all of them and
+itself when the driver's end closes. Knows processes. Does not know what the children do."""
 
 from __future__ import annotations
 

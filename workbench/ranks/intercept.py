@@ -2,8 +2,9 @@
 
     user code -> c10d operator -> here: post on the board, wait for peers, compare -> gloo -> note in the ledger
 
-Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared but do not wait (their
-order against point-to-point calls is the user's business), but for those of the autograd engine, whose order is the same on all ranks.
+Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared but do not wait
+(their order against point-to-point calls is the user's business), but for those of the autograd engine, whose order is the same on all
+ranks.
 
 Knows torch, groups and generations of this rank. Does not know the driver: it is given what to call.
 """
@@ -34,8 +35,9 @@ from workbench.ranks.operations import OPERATIONS, Operation, num_bytes, remembe
 
 __all__ = ["Freed", "Interceptor", "KnownGroup"]
 
-# A layer above the backends' that torch leaves empty and that every call passes, inference mode included. The backend's own kernel stays in place and
-# is reached by redispatch, which gives up the GIL: held there, it deadlocks with a gloo thread that lets go of a finished collective's tensors.
+# A layer above the backends' that torch leaves empty and that every call passes, inference mode included. The backend's own kernel stays
+# in place and is reached by redispatch, which gives up the GIL: held there, it deadlocks with a gloo thread that lets go of a finished
+# collective's tensors.
 _LAYER = "BackendSelect"
 _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
@@ -193,7 +195,7 @@ class Interceptor:
             raise StaleGroupError(
                 f"rank {self.rank}: {operation.name} was called on group {group.name!r} of ranks {list(group.ranks)}, "
                 f"which belongs to generation {group.generation}\n"
-                f"the ranks are at generation {self.generation}: a stop found ranks inside gloo, and their connections were closed and made anew\n"
+                f"the ranks are at generation {self.generation}: a stop found ranks inside gloo, and their connections were closed\n"
                 "make it again: dist.new_group(...) for a group of your own, DistributedDataParallel(model.module) for a wrapped model; "
                 "wb.Group handles and the layout in use follow by themselves"
             )

@@ -1,7 +1,7 @@
 """The collectives of torch's c10d library: where each keeps its group, and what peers must agree on, as text.
 
-Source: the operator schemas registered by torch 2.13 (`torch.ops.c10d.*.default._schema`); trailing arguments at their default are not passed.
-"""
+Source: the operator schemas registered by torch 2.13 (`torch.ops.c10d.*.default._schema`); trailing arguments at their default are not
+    passed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a rank writes: Python's and native output alike, read from its descriptors 1 and 2 and kept for the cell in which it was written.
 
-A rank flushes before it says that its cell is done, so what is in the pipe at that moment belongs to the cell. Knows pipes. Does not know ranks.
-"""
+A rank flushes before it says that its cell is done, so what is in the pipe at that moment belongs to the cell. Knows pipes. Does not know
+ranks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The driver's end of fork servers: started once per driver and kind, kept warm, ended with the driver.
 
-A server of our own, not the one of `multiprocessing`, which belongs to the user. Knows how to start processes with descriptors and to hear of their
-end. Does not know what they do.
-"""
+A server of our own, not the one of `multiprocessing`, which belongs to the user. Knows how to start processes with descriptors and to
+hear of their end. Does not know what they do."""
 
 from __future__ import annotations
 

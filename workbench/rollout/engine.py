@@ -76,11 +76,13 @@ class Engine(Protocol):
         Args:
             prompts: [num_prompts]; may be empty.
             num_samples: completions per prompt, [num_prompts], 0 allowed; None takes `sampling.n`.
-            origins: rank and index of each prompt, [num_prompts]; None numbers them on rank 0. They seed the samples and are the provenance.
+            origins: rank and index of each prompt, [num_prompts]; None numbers them on rank 0. They seed the samples and are the
+                provenance.
             step: rollout step; part of every sample's seed.
 
         Returns:
-            Completions prompt by prompt, sample by sample; `origin_ranks` and `origin_indices` repeat `origins`, `prompt_index` counts in `prompts`.
+            Completions prompt by prompt, sample by sample; `origin_ranks` and `origin_indices` repeat `origins`, `prompt_index` counts in
+            `prompts`.
 
         Raises:
             EngineError: asleep (text names `wake_up`), dead, or a prompt that cannot be read (text names it and the limit in tokens).

@@ -4,9 +4,8 @@
                                          > reader threads -> queue -> main thread: engine -> reply
     rank   --(unix socket, token first)-/                 `-> Abort: at once, the call under way is interrupted
 
-It belongs to the cluster, not to a rank: it outlives stops of the ranks and ends with the driver. With tp > 1 the processes of one engine form a
-gloo world of their own, on the cluster's store. Knows engines and channels. Does not know rollouts.
-"""
+It belongs to the cluster, not to a rank: it outlives stops of the ranks and ends with the driver. With tp > 1 the processes of one engine
+    form a gloo world of their own, on the cluster's store. Knows engines and channels. Does not know rollouts. """
 
 from __future__ import annotations
 
