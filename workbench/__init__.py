@@ -29,7 +29,10 @@ _HOMES = {
     "workbench.plan.lengths": "LengthStats length_stats",
     "workbench.plan.partition": "divide partition_layers split_tensor",
     "workbench.ranks.group": "Group",
+    "workbench.ranks.message_queue": "MessageQueue",
+    "workbench.ranks.metrics": "reduce_metrics",
     "workbench.ranks.stateless": "StatelessGroup free_port",
+    "workbench.ranks.stateless_gloo": "destroy_stateless_gloo stateless_gloo",
     "workbench.records": "Diagnosis GatheredPrompts RolloutBatch Sampling",
     "workbench.rollout.hf_engine": "HFEngine",
     "workbench.rollout.handle": "EngineHandle",
@@ -53,6 +56,11 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """`%load_ext workbench`."""
+    import_module("workbench.magics").load_ipython_extension(shell)
 
 
 def __dir__() -> list[str]:

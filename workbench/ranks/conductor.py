@@ -109,7 +109,7 @@ class Conductor:
         """Ask the ranks where they are, wait a little for the answers, and read the board."""
         cell = self.active
         if cell is None:
-            return self.last_diagnosis or Diagnosis(sentence="no cell runs; every rank is idle")
+            return Diagnosis(sentence="no cell runs; every rank is idle")
         self._later(lambda: self._look(cell))
         limit = time.monotonic() + look_s
         with self.changed:

@@ -192,9 +192,8 @@ def main(argv: list[str]) -> None:
     sock = socket.socket(fileno=int(argv[0]))
     for name in argv[1:]:
         importlib.import_module(name)
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")  # absent in a server that leaves the import to its children (spawn)
+    if torch is not None and torch.cuda.is_initialized():
         write_frame(
             sock, Spawned(pid=0, error="importing made a CUDA context, which children cannot inherit: launch with start_method='spawn'")
         )

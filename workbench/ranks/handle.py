@@ -209,6 +209,10 @@ class CellHandle:
         """Whether every rank has finished and the group stands."""
         return self._cell.finished.is_set()
 
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait, at most `timeout_s`; True when it is done."""
+        return self._cell.finished.wait(timeout_s)
+
     def result(self, timeout_s: float | None = None) -> Any:
         """What `execute` or `run` would have returned.
 

@@ -87,7 +87,9 @@ def start_engine(
         seed=seed,
         engine_options=tuple(sorted((engine_options or {}).items())),
     )
-    return _Starter(cluster, spec).start()
+    handle = _Starter(cluster, spec).start()
+    cluster.own(handle.close)
+    return handle
 
 
 def check_mode(mode: str, tp: int, backend: str, world_size: int) -> None:
@@ -107,14 +109,13 @@ def check_mode(mode: str, tp: int, backend: str, world_size: int) -> None:
 
 
 class _Starter:
-    """The start of one engine: all its processes, then their word that they stand."""
+    """The start of one engine: its processes, then their word that they stand. It outlives that, so it does not hold the cluster."""
 
     def __init__(self, cluster: Cluster, spec: EngineSpec) -> None:
         self.spec = spec
         self.world_size = cluster.world_size
         self.folder = cluster.folder
         self.store_port = cluster.store_port
-        self.own = cluster.own
         self.identity = secrets.token_hex(4)
         self.exits: dict[int, int] = {}
         self.handle: EngineHandle | None = None
@@ -130,7 +131,6 @@ class _Starter:
                 host.end()
             raise
         self.handle = EngineHandle(self.spec, hosts)
-        self.own(self.handle.close)
         return self.handle
 
     def _host(self, index: int, rank: int, count: int) -> HostProcess:
