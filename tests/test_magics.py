@@ -99,6 +99,13 @@ def test_verbs_ask_and_steer(shell, capsys):
     shell.run_line_magic("ranks", "diagnose")
     assert "every rank is idle" in capsys.readouterr().out
     assert {"rank", "op", "wait_s"} <= set(shell.run_line_magic("ranks", "ledger").columns)
+
+
+def test_launching_again_replaces_the_cluster_and_restart_keeps_its_layout(shell, capsys):
+    shell.run_line_magic("launch", "2 --layout tp=2")
+    assert "replaced cluster: its 4 ranks were ended" in capsys.readouterr().out
+    ranks(shell, "", "gone = 1")
     shell.run_line_magic("ranks", "restart")
-    ranks(shell, "tp=0", "rank")
-    assert capsys.readouterr().out == "[rank 0] 0\n[rank 2] 2\n"
+    ranks(shell, "tp=1", "'gone' in globals()")
+    assert capsys.readouterr().out == "[rank 1] False\n"
+    shell.run_line_magic("ranks", "close")
