@@ -131,17 +131,13 @@ class Collectives(PointToPoint):
 
     def all_gather_object(self, obj: Any) -> list[Any]:
         """The members' objects, in group order."""
-        sealed: list[Tensor] = []
+        return self._all_gather_object("all_gather_object", lambda: obj)
 
-        def describe() -> tuple[str, int]:
-            sealed.append(seal(obj) if self.world_size > 1 else torch.empty(0, dtype=torch.uint8))
-            return "all_gather_object", sealed[0].numel()
-
-        sizes = self._announce(describe, always=True)
-        if self.world_size == 1:
-            return [obj]
-        parts = self._gather_bytes(sealed[0], sizes).split(sizes)
-        return [obj if place == self.rank_in_group else unseal(part) for place, part in enumerate(parts)]
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """The members' objects, in group order, on member `dst`; None on the others."""
+        self._announce(lambda: (f"gather_object to {arguments.member('dst', dst, self.world_size)}", 0))
+        gathered = self.all_gather_object(obj)
+        return gathered if self.rank_in_group == dst else None
 
     def broadcast_tensor_dict(
         self,
@@ -195,6 +191,21 @@ class Collectives(PointToPoint):
             sealed = torch.empty(num_bytes, dtype=torch.uint8)
         dist.broadcast(sealed, src=self.ranks[src], group=process_group)
         return own if self.rank_in_group == src else unseal(sealed)
+
+    def _all_gather_object(self, operation: str, make: Callable[[], Any]) -> list[Any]:
+        """The members' `make()`; where it raises, all of them raise."""
+        made: list[Any] = []
+
+        def describe() -> tuple[str, int]:
+            made.append(make())
+            made.append(seal(made[0]) if self.world_size > 1 else torch.empty(0, dtype=torch.uint8))
+            return operation, made[1].numel()
+
+        sizes = self._announce(describe, always=True)
+        if self.world_size == 1:
+            return made[:1]
+        parts = self._gather_bytes(made[1], sizes).split(sizes)
+        return [made[0] if place == self.rank_in_group else unseal(part) for place, part in enumerate(parts)]
 
     def _reduced(self, input_: Tensor, op: str) -> Tensor:
         """A new tensor on the CPU, contiguous, in the result's dtype."""

@@ -16,17 +16,31 @@ A group of one moves nothing: its operations give the input itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
+from workbench.errors import GroupError
 from workbench.ranks import arguments
 from workbench.ranks.collectives import Collectives
+from workbench.ranks.graph_capture import GraphCaptureContext, capture_stream
+from workbench.ranks.message_queue import MessageQueue, QueueHandle
 
 __all__ = ["Group"]
 
 
 class Group(Collectives):
-    """Ranks that work together; made by the cluster for each axis of the layout, or by `Group.create`."""
+    """Ranks that work together; made by the cluster for each axis of the layout, or by `Group.create`.
+
+    Attributes:
+        token_group: for experts: the group whose ranks hold different tokens (data parallel), where some of this group's hold the same.
+            None: all of this group's differ.
+    """
+
+    token_group: Group | None = None
+    _rows: list[int] | None = None
 
     @classmethod
     def create(cls, ranks: Sequence[int], name: str = "group", *, checks: bool = True) -> Group:
@@ -44,7 +58,99 @@ class Group(Collectives):
         return cls(process_group if is_member else None, ranks, name=name, rank=dist.get_rank(), checks=checks, is_owner=is_member)
 
     @classmethod
-    def from_process_group(cls, process_group: dist.ProcessGroup, ranks: Sequence[int] | None = None, name: str = "group") -> Group:
-        """A group over a process group that exists; `ranks` may give its ranks in another order."""
+    def from_process_group(cls, process_group: dist.ProcessGroup | None, ranks: Sequence[int] | None = None, name: str = "group") -> Group:
+        """A group over a process group that exists; `ranks` may give its ranks in another order.
+
+        Raises:
+            GroupError: there is none, as `dist.group.WORLD` is before `init_process_group`.
+        """
+        if process_group is None:
+            raise GroupError(
+                f"there is no process group for group {name!r}\ntorch.distributed has not begun here\ncall init_process_group first"
+            )
         held = dist.get_process_group_ranks(process_group)
         return cls(process_group, held if ranks is None else ranks, name=name, rank=dist.get_rank())
+
+    def dispatch(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        is_sequence_parallel: bool = False,
+        extra_tensors: list[Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """The tokens of all ranks on every rank, so that each can run its own experts on them; `combine` takes the results back.
+
+        Args:
+            hidden_states: [num_tokens, ...]; ranks may have different numbers of tokens, down to none.
+            topk_weights, topk_ids: [num_tokens, top_k].
+            is_sequence_parallel: every rank of this group holds tokens of its own; else only those of `token_group` do.
+            extra_tensors: more tensors with a row for each token.
+
+        Returns:
+            The same, of all tokens, in group order; with extra_tensors also the list of those.
+        """
+        group = self._with_tokens(is_sequence_parallel)
+        tensors = [hidden_states, topk_weights, topk_ids, *(extra_tensors or [])]
+        group._rows = group._announce(lambda: arguments.ragged(tensors, 0, None, group.rank_in_group, group.world_size), always=True)
+        hidden, weights, ids, *extra = tensors if group.world_size == 1 else [group._gather_rows(t, 0, group._rows) for t in tensors]
+        return (hidden, weights, ids) if extra_tensors is None else (hidden, weights, ids, extra)
+
+    def combine(self, hidden_states: Tensor, is_sequence_parallel: bool = False) -> Tensor:
+        """Sum what the ranks' experts made of all tokens, and give each rank its own rows: [num_all_tokens, ...] -> [num_tokens, ...].
+
+        The tokens are those of the last `dispatch`; without one, equal numbers on all ranks.
+        """
+        group = self._with_tokens(is_sequence_parallel)
+        return group.reduce_scatterv(hidden_states, dim=0, sizes=group._rows)
+
+    def graph_capture(self, graph_capture_context: GraphCaptureContext | None = None) -> AbstractContextManager[GraphCaptureContext]:
+        """A context whose stream a CUDA graph is captured on; without CUDA it does nothing. Operations over gloo cannot be captured."""
+        return capture_stream(graph_capture_context)
+
+    def prepare_communication_buffer_for_model(self, model: Any) -> None:
+        """Nothing: gloo needs no buffers made ready. It is here for code written for GPUs, where the experts' exchange does."""
+
+    def create_mq_broadcaster(
+        self, writer_rank: int = 0, external_writer_handle: QueueHandle | None = None, blocking: bool = True
+    ) -> MessageQueue | None:
+        """A queue in shared memory from one member to all others, much quicker than `broadcast_object`; all members make this call.
+
+        Args:
+            writer_rank: member that writes.
+            external_writer_handle: on that member the handle of a queue that a process outside the group writes, with a reader for each
+                member; then all members read.
+            blocking: wait until all are attached; else call `wait_until_ready` on all of them.
+
+        Returns:
+            This member's end; None in a group of one without an external writer.
+        """
+        made: MessageQueue | None = None
+        if self.rank_in_group == writer_rank and external_writer_handle is None and self.world_size > 1:
+            made = MessageQueue.create(self.world_size - 1)
+        handle = self.broadcast_object(made.export_handle() if made else external_writer_handle, src=writer_rank)
+        if handle is None:
+            return None
+        skips_writer = handle.num_readers < self.world_size
+        queue = made or MessageQueue.attach(handle, self.rank_in_group - (skips_writer and self.rank_in_group > writer_rank))
+        if blocking:
+            queue.wait_until_ready()
+        return queue
+
+    def create_single_reader_mq_broadcasters(
+        self, reader_rank_in_group: int = 0, blocking: bool = False
+    ) -> tuple[MessageQueue, list[QueueHandle]]:
+        """A queue from each member to one reader; all members make this call.
+
+        Returns:
+            This member's queue to write to, and on the reader the handles of all members' queues, in group order, for
+            `MessageQueue.attach(handle, 0)`; elsewhere []. With `blocking` the writers return once the reader has attached.
+        """
+        queue = MessageQueue.create(1)
+        handles = self.gather_object(queue.export_handle(), dst=reader_rank_in_group)
+        if blocking and self.rank_in_group != reader_rank_in_group:
+            queue.wait_until_ready()
+        return queue, handles or []
+
+    def _with_tokens(self, is_sequence_parallel: bool) -> Group:
+        return self if is_sequence_parallel or self.token_group is None else self.token_group

@@ -25,7 +25,7 @@ from workbench.errors import GroupError
 from workbench.ranks import arguments
 from workbench.ranks.wire import seal, unseal
 
-__all__ = ["StatelessGroup", "free_port"]
+__all__ = ["StatelessGroup", "free_port", "serve_or_join"]
 
 _SLICE_S = 0.2
 _EXPIRED = b"expired"
@@ -87,8 +87,7 @@ class StatelessGroup:
         arguments.member("rank", rank, world_size)
         if rank and not port:
             raise ValueError(f"rank {rank} got port 0: only rank 0 lets the system choose; pass on the port of its group")
-        listener = (listen_socket or _listen(host, port)) if rank == 0 else None
-        store = _store(host, port, listener, timeout_s=store_timeout_s)
+        store = serve_or_join(host, port, rank, timeout_s=store_timeout_s, listen_socket=listen_socket)
         if rank == 0:
             cls._serving.append(store)
         return cls(store, rank=rank, world_size=world_size, data_expiration_s=data_expiration_s, store_timeout_s=store_timeout_s)
@@ -245,6 +244,16 @@ class StatelessGroup:
         if self._store is None:
             raise GroupError(f"rank {self.rank} has left this group (port {self.port})\nmake another one with StatelessGroup.create")
         return self._store
+
+
+def serve_or_join(host: str, port: int, rank: int, *, timeout_s: float, listen_socket: socket.socket | None = None) -> dist.TCPStore:
+    """The store of some ranks, served by rank 0.
+
+    Raises:
+        GroupError: the port is taken, or nobody serves it.
+    """
+    listener = (listen_socket or _listen(host, port)) if rank == 0 else None
+    return _store(host, port, listener, timeout_s=timeout_s)
 
 
 def _listen(host: str, port: int) -> socket.socket:
