@@ -29,7 +29,6 @@ from workbench.ranks.handle import ActiveCell, CellHandle
 from workbench.ranks.ledger import ledger_frame, write_perfetto
 from workbench.ranks.messages import RunCell, Task
 from workbench.ranks.processes import Processes
-from workbench.ranks.servers import describe_exit
 from workbench.records import Diagnosis, RankState, RankStatus
 
 if TYPE_CHECKING:
@@ -222,7 +221,7 @@ class Cluster:
         from workbench.ranks.forming import use_layout
 
         self.run(use_layout, layout)
-        self._layout = layout
+        self._layout = self._processes.layout = layout
 
     def _perform(
         self,
@@ -238,12 +237,13 @@ class Cluster:
     ) -> Any:
         members = select_ranks(ranks, self.world_size, self._layout)
         packed = None if value is None else pack(value)
+        conductor = self._conductor
         with self._lock:
             cell = self._new_cell(task, text, members, timeout_s, label, on_output)
             self._conductor.active = cell
             message = RunCell(cell=cell.number, task=task, text=text, members=members)
             self._conductor.begin(cell, message, packed)
-        handle = CellHandle(cell, lambda c: self._conductor.stop(c, "interrupt"))
+        handle = CellHandle(cell, lambda c: conductor.stop(c, "interrupt"))
         return self._await(cell, handle) if block else handle
 
     def _new_cell(
@@ -258,10 +258,9 @@ class Cluster:
         self._refuse_when_closed_or_busy()
         dead = [rank for rank in members if self._processes.links[rank].is_dead]
         if dead:
-            link = self._processes.links[dead[0]]
-            code, name, cause = describe_exit(link.exit_status or 0)
+            code, name, how = self._processes.links[dead[0]].describe_death()
             raise RankFailed(
-                f"rank {dead[0]} of {self.world_size} is dead: {name or f'exit code {code}'} ({cause})\nnothing was sent\n"
+                f"rank {dead[0]} of {self.world_size} is dead: {how}\nnothing was sent\n"
                 f"cluster.respawn({dead[0]}) brings it back; ranks={[r for r in range(self.world_size) if r not in dead]!r} leaves it out",
                 rank=dead[0],
                 world_size=self.world_size,
@@ -313,10 +312,18 @@ class Cluster:
     def _interrupted(self, cell: ActiveCell) -> None:
         started = time.monotonic()
         self._conductor.stop(cell, "interrupt")
-        while not cell.finished.wait(0.05) and time.monotonic() - started < _STOP_LIMIT_S:
-            continue
+        while not cell.finished.is_set() and time.monotonic() - started < _STOP_LIMIT_S:
+            try:
+                cell.finished.wait(0.05)
+            except KeyboardInterrupt:
+                self._conductor.stop(cell, "interrupt")  # the second one: ranks that are stuck are killed at once
         found = cell.diagnosis.text if cell.diagnosis and cell.diagnosis.waiting else "no rank waited in a collective"
-        print(f"{cell.name} interrupted; ranks free after {time.monotonic() - started:.1f} s, names kept\n{found}", file=sys.stderr)
+        print(
+            f"{cell.name} interrupted; ranks free after {time.monotonic() - started:.1f} s, names kept\n{found}",
+            *cell.notes,
+            sep="\n",
+            file=sys.stderr,
+        )
 
     # -- asking and stopping ------------------------------------------------------------------------------------------------------------
 
@@ -363,10 +370,11 @@ class Cluster:
         self._conductor.begin_generation(generation, fresh)
         for rank in sorted(fresh):
             self._processes.start(rank, generation)
-        self._until(lambda: self._processes.are_ready() and not self._conductor.is_rebuilding, "the ranks to form a group")
+        self._until(self._is_whole, "the ranks to form a group")
+
+    def _is_whole(self) -> bool:
         self._processes.raise_startup_error()
-        if self._layout != Layout(world_size=self.world_size):
-            self.use(self._layout)
+        return self._processes.are_ready() and not self._conductor.is_rebuilding
 
     def _until(self, is_so: Callable[[], bool], what: str) -> None:
         limit = time.monotonic() + _START_LIMIT_S
@@ -379,7 +387,7 @@ class Cluster:
     # -- records ------------------------------------------------------------------------------------------------------------------------
 
     def ledger(self) -> pd.DataFrame:
-        """The last 4,096 collectives of each rank, a row each.
+        """A row a collective and rank, the last 4,096 of each rank.
 
         Columns: rank, op, group, sequence, num_bytes, start_s, wait_s, duration_s, cell, line.
         """

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from workbench.errors import RankError, RankFailed
+from workbench.errors import LaunchError, RankError, RankFailed
 from workbench.ranks.board import AreaState, Board
 from workbench.ranks.channel import Packed
 from workbench.ranks.diagnosis import Scene, diagnose
@@ -42,7 +42,8 @@ _KILL_AFTER_S = 5.0
 class Conductor:
     """Owns the links of one cluster; all public methods may be called from any thread."""
 
-    def __init__(self, links: list[Link], board: Board, on_mark: Callable[[str, float], None]) -> None:
+    def __init__(self, links: list[Link], board: Board, start: Callable[[int, int], None], on_mark: Callable[[str, float], None]) -> None:
+        """`start` puts a fresh process in the place of a dead rank, as (rank, generation)."""
         self.links = links
         self.board = board
         self.generation = 0
@@ -51,13 +52,13 @@ class Conductor:
         self.last_diagnosis: Diagnosis | None = None
         self.active: ActiveCell | None = None
         self.changed = threading.Condition()
+        self._start = start
         self._on_mark = on_mark
         self._seen: dict[int, Seen] = {}
         self._ticket = 0
         self._rebuilding: set[int] | None = None
         self.rebuild_errors: dict[int, str] = {}
         self._stop_stage: set[str] = set()
-        self._killed: set[int] = set()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
@@ -91,15 +92,7 @@ class Conductor:
     def begin_generation(self, generation: int, fresh: set[int]) -> None:
         """Have all ranks but the fresh ones form a generation; they report Rebuilt, fresh ones Ready."""
 
-        def begin() -> None:
-            self.generation = generation
-            self.groups = {}
-            self.rebuild_errors = {}
-            self._rebuilding = {link.rank for link in self.links if not link.is_dead and link.rank not in fresh}
-            for rank in self._rebuilding:
-                self._send(self.links[rank], Rebuild(generation=generation))
-
-        self._later(begin)
+        self._later(lambda: self._begin_generation(generation, fresh))
 
     @property
     def is_rebuilding(self) -> bool:
@@ -116,6 +109,13 @@ class Conductor:
             while time.monotonic() < limit and not cell.pending <= set(self._seen):
                 self.changed.wait(0.02)
         return self._diagnosis(cell)
+
+    def abandon(self) -> None:
+        """The cluster is being closed: whoever waits for a cell is told so."""
+        if threading.current_thread() is self._thread:
+            self._abandon()
+        else:
+            self._later(self._abandon)
 
     def exited(self, link: Link, status: int) -> None:
         """A rank's process ended; called by the server's thread."""
@@ -161,12 +161,27 @@ class Conductor:
                 self._todo.pop(0)()
             if self.active is not None:
                 self._tick(self.active)
+        self._abandon()
         for link in self.links:
             self._detach(link)
             link.close()
         self._selector.close()
         for fd in (self._wake_read, self._wake_write):
             os.close(fd)
+
+    def _abandon(self) -> None:
+        cell = self.active
+        if cell is not None:
+            cell.stop_reason, self.active = "closed", None
+            cell.finished.set()
+
+    def _begin_generation(self, generation: int, fresh: set[int]) -> None:
+        self.generation = generation
+        self.groups = {}
+        self.rebuild_errors = {}
+        self._rebuilding = {link.rank for link in self.links if not link.is_dead and link.rank not in fresh}
+        for rank in self._rebuilding:
+            self._send(self.links[rank], Rebuild(generation=generation))
 
     def _begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None) -> None:
         for link in self.links:
@@ -208,12 +223,20 @@ class Conductor:
         if not pipe.drain(self._streamer(link.rank, name)):
             self._selector.unregister(fd)
 
-    def _streamer(self, rank: int, name: str) -> Callable[[bytes], None] | None:
+    def _streamer(self, rank: int, name: str) -> Callable[[str], None] | None:
         cell = self.active
         if cell is None or cell.on_output is None:
             return None
         show = cell.on_output
-        return lambda data: show(rank, name, data.decode(errors="replace"))
+
+        def tell(text: str) -> None:
+            try:
+                show(rank, name, text)
+            except Exception as error:  # the caller's own; this thread must live
+                cell.on_output = None
+                cell.notes.append(f"on_output raised {type(error).__name__}: {error}; it was not called again")
+
+        return tell
 
     def _drain(self, link: Link) -> None:
         link.out.drain(self._streamer(link.rank, "stdout"))
@@ -262,7 +285,8 @@ class Conductor:
         cell = self.active
         if cell is not None and link.rank in cell.pending and link is self.links[link.rank]:
             self._collect(cell, link)
-            cell.deaths[link.rank] = self._death(cell, link, status)
+            cell.deaths[link.rank] = self._death(cell, link)
+            cell.died_s[link.rank] = time.monotonic()
             if cell.stop_reason is None:
                 self._stop(cell, "failure")
         if self._rebuilding is not None:
@@ -270,14 +294,9 @@ class Conductor:
         with self.changed:
             self.changed.notify_all()
 
-    def _death(self, cell: ActiveCell, link: Link, status: int) -> RankError:
-        code, name, cause = describe_exit(status)
-        how = name or f"exit code {code}"
-        said = link.err.last_lines() or link.out.last_lines()
-        if link.rank in self._killed:
-            cause = "a C call that never returned; it was killed 5 s after it was asked to stop"
-        text = f"rank {link.rank} of {len(self.links)} died in {cell.name}: {how} ({cause})"
-        text += f"\nits last output:\n{said}" if said else "\nit had written nothing"
+    def _death(self, cell: ActiveCell, link: Link) -> RankError:
+        code, name, how = link.describe_death()
+        text = f"rank {link.rank} of {len(self.links)} died in {cell.name}: {how}"
         text += f"\nthe other ranks keep their names; cluster.respawn({link.rank}) brings it back, cluster.restart() starts all afresh"
         return RankFailed(text, rank=link.rank, world_size=len(self.links), exit_code=code, signal_name=name)
 
@@ -346,8 +365,8 @@ class Conductor:
             for rank in cell.pending:
                 self._send(self.links[rank], Free(cell=cell.number))
         if after_grace_s >= _KILL_AFTER_S or "hurry" in stages:
-            for rank in cell.pending - self._killed:
-                self._killed.add(rank)
+            for rank in cell.pending - cell.killed:
+                cell.killed.add(rank)
                 self.links[rank].signal(signal.SIGKILL)
 
     def _is_any_in_gloo(self, cell: ActiveCell) -> bool:
@@ -357,18 +376,22 @@ class Conductor:
         """All members have answered: form the next generation if connections were shut, then let the caller go on."""
         if self._rebuilding:
             return
-        is_broken = any(done.is_group_broken for done in cell.done.values()) or bool(cell.deaths)
-        is_whole = not any(link.is_dead for link in self.links)
-        if is_broken and is_whole and "rebuild" not in self._stop_stage:
-            self._stop_stage.add("rebuild")
-            self.generation += 1
-            self.groups = {}
-            self.rebuild_errors = {}
-            self._rebuilding = {link.rank for link in self.links}
-            for link in self.links:
-                self._send(link, Rebuild(generation=self.generation))
+        stages = self._stop_stage
+        if "rebuild" not in stages:
+            # a rank may have been told to shut its connections just when it had finished
+            is_broken = "shut" in stages or any(done.is_group_broken for done in cell.done.values()) or bool(cell.deaths)
+            dead = {link.rank for link in self.links if link.is_dead}
+            if is_broken and dead <= cell.killed:
+                stages.add("rebuild")
+                self._begin_generation(self.generation + 1, dead)
+                self._revive(cell, dead)
+                return
+        if not all(self.links[rank].is_ready or self.links[rank].is_dead for rank in cell.killed):
             return
-        if "rebuild" in self._stop_stage:
+        cell.notes += [
+            f"rank {rank} could not be started again: {self.startup_errors[rank]}" for rank in cell.killed & set(self.startup_errors)
+        ]
+        if "rebuild" in stages:
             cell.notes.append(
                 f"the stop closed gloo connections: the ranks now form generation {self.generation}; "
                 "groups, DDP models and in-rank engines of your own from before it must be made again"
@@ -378,3 +401,16 @@ class Conductor:
         cell.finished.set()
         with self.changed:
             self.changed.notify_all()
+
+    def _revive(self, cell: ActiveCell, dead: set[int]) -> None:
+        """Start those that this stop had to kill afresh, and say so."""
+        for rank in sorted(dead):
+            cell.notes.append(
+                f"rank {rank} did not heed the stop for {_KILL_AFTER_S:.0f} s or was stopped twice (code that never returns, or swallows "
+                "KeyboardInterrupt): it was killed and started afresh, empty; the other ranks keep their names"
+            )
+            try:
+                self._start(rank, self.generation)
+            except LaunchError as error:
+                self.links[rank].exit_status = signal.SIGKILL
+                self.startup_errors[rank] = str(error)

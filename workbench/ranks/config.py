@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workbench.plan.layout import Layout
+
 __all__ = ["RankConfig"]
 
 
@@ -14,6 +16,7 @@ class RankConfig:
     Attributes:
         generation: the world's generation that it joins.
         num_threads: threads of one torch operation.
+        layout: what its peers use, if `cluster.use` was called; it forms the groups with them.
     """
 
     rank: int
@@ -25,3 +28,4 @@ class RankConfig:
     timeout_s: float
     is_checked: bool
     num_threads: int
+    layout: Layout | None = None

@@ -29,7 +29,7 @@ class Current:
     Attributes:
         group: all ranks of the world.
         groups: axis -> the group of this rank in it, for the layout in use.
-        layout: what `cluster.use` was given; before that one flat axis.
+        layout: what `cluster.use` was given (`has_layout`); before that one flat axis.
     """
 
     rank: int
@@ -38,6 +38,7 @@ class Current:
     layout: Layout
     groups: dict[str, Group] = field(default_factory=dict)
     generation: int = 0
+    has_layout: bool = False
     process: Rank | None = None
 
     def mark(self, label: str) -> None:

@@ -103,11 +103,11 @@ class _Server:
     def serve(self) -> None:
         try:
             while True:
-                ready, _, _ = select.select([self.sock, self.wake_read], [], [])
+                ready, _, _ = select.select([self.sock.fileno(), self.wake_read], [], [])
                 if self.wake_read in ready:
                     os.read(self.wake_read, 4096)
                     self.reap()
-                if self.sock in ready:
+                if self.sock.fileno() in ready:
                     request = read_frame(self.sock)
                     if request is None:
                         return

@@ -12,14 +12,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from workbench.errors import CollectiveMismatch, RankDeadlock, RankError, RankFailed, RankInterrupted, RankTimeout
+from workbench.errors import (
+    ClusterClosed,
+    CollectiveMismatch,
+    RankDeadlock,
+    RankError,
+    RankFailed,
+    RankInterrupted,
+    RankTimeout,
+    WorkbenchError,
+)
 from workbench.ranks.channel import Packed, unpack
 from workbench.ranks.messages import CellDone, CellError, Outcome, Task
 from workbench.records import Diagnosis
 
 __all__ = ["ActiveCell", "CellHandle", "CellResult", "RankOutput", "StopReason"]
 
-StopReason = str  # "failure", "deadlock", "timeout", "interrupt"
+StopReason = str  # "failure", "deadlock", "timeout", "interrupt", "closed"
+
+_TOLD_LATE_S = 0.5  # a death is told later than it happened; what others then meet in gloo is its consequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +124,8 @@ class ActiveCell:
     stdout: dict[int, str] = field(default_factory=dict)
     stderr: dict[int, str] = field(default_factory=dict)
     deaths: dict[int, RankError] = field(default_factory=dict)
+    died_s: dict[int, float] = field(default_factory=dict)
+    killed: set[int] = field(default_factory=set)  # by the stop, since they did not heed it
     stop_reason: StopReason | None = None
     stopped_s: float = 0.0
     diagnosis: Diagnosis | None = None
@@ -143,14 +156,19 @@ class ActiveCell:
         """The values of the members, in rank order."""
         return [None if (packed := self.values.get(rank)) is None else unpack(packed) for rank in self.members]
 
-    def error(self) -> RankError | None:
+    def error(self) -> WorkbenchError | None:
         """What to raise, by precedence: a rank failed, mismatch, deadlock, timeout, interrupt."""
+        if self.stop_reason == "closed":
+            return ClusterClosed(
+                f"the cluster was closed while {self.name} ran\nits ranks have ended\nstart another: cluster = wb.launch(...)"
+            )
         raised = sorted(
             ((d.error, r) for r, d in self.done.items() if d.outcome is Outcome.RAISED and d.error), key=lambda item: item[0].at_s
         )
         own = [(e, r) for e, r in raised if not e.is_mismatch]
-        if self.deaths and (not own or self.stop_reason != "failure"):
-            return self._with(next(iter(self.deaths.values())))
+        died = [rank for rank in self.deaths if rank not in self.killed]
+        if died and not (own and own[0][0].at_s < self.died_s[died[0]] - _TOLD_LATE_S):
+            return self._with(self.deaths[died[0]])
         if own:
             return self._failed(*own[0], raised)
         if raised:
@@ -159,20 +177,19 @@ class ActiveCell:
         return self._stopped()
 
     def _stopped(self) -> RankError | None:
+        freed = "the other ranks were freed and keep their names" if self.killed else "all ranks were freed and keep their names"
         sentence = self.diagnosis.sentence if self.diagnosis else ""
         text = self.diagnosis.text if self.diagnosis else ""
         if self.stop_reason == "deadlock":
             head = f"{self.name} could never end: {sentence}"
-            needed = "every rank of a group must reach each of its collectives; all ranks were freed and keep their names"
+            needed = f"every rank of a group must reach each of its collectives; {freed}"
             return self._make(RankDeadlock, f"{head}\n{needed}\n\n{text}")
         if self.stop_reason == "timeout":
             head = f"{self.name} was stopped after {self.timeout_s:g} s (timeout_s)" + (f": {sentence}" if sentence else "")
-            return self._make(
-                RankTimeout, f"{head}\nall ranks were freed and keep their names; give a larger timeout_s if it only needs longer\n\n{text}"
-            )
+            return self._make(RankTimeout, f"{head}\n{freed}; give a larger timeout_s if it only needs longer\n\n{text}")
         if self.stop_reason == "interrupt":
             head = f"{self.name} was interrupted" + (f": {sentence}" if sentence else "")
-            return self._make(RankInterrupted, f"{head}\nall ranks were freed and keep their names\n\n{text}")
+            return self._make(RankInterrupted, f"{head}\n{freed}\n\n{text}")
         return None
 
     def _failed(self, error: CellError, rank: int, raised: Sequence[tuple[CellError, int]]) -> RankError:

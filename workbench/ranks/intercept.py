@@ -1,10 +1,12 @@
 """One interception point for every collective of a rank: plain `dist.*`, accelerate, DDP's reducer, functional collectives.
 
     user code -> c10d operator -> here: post on the board, wait for peers, compare -> gloo -> note in the ledger
+    work.wait() of an asynchronous call ------------> here: wait for peers, compare -> gloo
+    dist.new_group ---------------------------------> here: wait for the whole world -> torch
 
-Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared but do not wait
-(their order against point-to-point calls is the user's business), but for those of the autograd engine, whose order is the same on all
-ranks.
+Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared at once, and
+wait there when their work is waited for; gloo has begun by then, so a stop shuts its connections. Those of the autograd engine, whose
+order is the same on all ranks, count as blocking: C++ waits for them.
 
 Knows torch, groups and generations of this rank. Does not know the driver: it is given what to call.
 """
@@ -12,16 +14,12 @@ Knows torch, groups and generations of this rank. Does not know the driver: it i
 from __future__ import annotations
 
 import functools
-import linecache
-import os
-import sys
 import threading
 import time
-import zlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,40 +29,22 @@ import torch.distributed.distributed_c10d as c10d
 from workbench.errors import CollectiveMismatch, StaleGroupError
 from workbench.ranks import sockets
 from workbench.ranks.board import AreaState, Board, Stopped
-from workbench.ranks.operations import OPERATIONS, Operation, num_bytes, remember_reduce_ops
+from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
+from workbench.ranks.operations import NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops
 
-__all__ = ["Freed", "Interceptor", "KnownGroup"]
+__all__ = ["Freed", "Interceptor"]
 
-# A layer above the backends' that torch leaves empty and that every call passes, inference mode included. The backend's own kernel stays
-# in place and is reached by redispatch, which gives up the GIL: held there, it deadlocks with a gloo thread that lets go of a finished
+# A layer above the backends' that torch leaves empty and that every call passes, inference mode included. The backend's own kernel stays in
+# place and is reached by redispatch, which gives up the GIL: held there, it deadlocks with a gloo thread that lets go of a finished
 # collective's tensors.
 _LAYER = "BackendSelect"
 _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_NOT_USER_CODE = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
+_MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
 
 
 class Freed(KeyboardInterrupt):
     """This rank was freed from a collective because its cell was stopped."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownGroup:
-    """A process group that the interceptor watches.
-
-    Attributes:
-        key: the group's name on the board: the same number on all members, another one in each generation.
-        ranks: global ranks, in group order.
-        process_group: held for good, so that torch's object keeps its identity also when it is stale.
-    """
-
-    key: int
-    name: str
-    ranks: tuple[int, ...]
-    generation: int
-    process_group: Any
-    connections: frozenset[sockets.Connection]
 
 
 class Interceptor:
@@ -79,20 +59,22 @@ class Interceptor:
         self.is_busy = False  # the main thread is in a collective: a signal must wait
         self.was_shut = False  # gloo connections of this generation were shut
         self._announce = announce
-        self._groups: dict[int, KnownGroup] = {}
+        self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
         self._channels: set[int] = set()
+        self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
         self._internal = 0
         self._local = threading.local()
         self._main = threading.get_ident()
         self._libraries: list[torch.library.Library] = []
 
     def install(self) -> None:
-        """Take over the operators and the making of groups."""
+        """Take over the operators, the waiting for them and the making of groups."""
         remember_reduce_ops()
         for name, operation in OPERATIONS.items():
             library = torch.library.Library("c10d", "IMPL")
             library.impl(name, functools.partial(self._collective, name, operation), _LAYER, with_keyset=True)
             self._libraries.append(library)
+        setattr(dist.Work, "wait", self._waiting(dist.Work.wait))  # noqa: B010  a plain assignment is refused by the type of a method
         c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
         for name in ("send", "recv"):
             wrapped = self._blocking(getattr(c10d, name))
@@ -122,57 +104,64 @@ class Interceptor:
         self.generation = generation
         self.was_shut = False
         self._channels.clear()
+        self._in_flight.clear()
         self.board.reset(self.rank)
 
-    def group_of(self, process_group: Any) -> KnownGroup | None:
-        return self._groups.get(id(process_group))
+    @property
+    def is_stopped(self) -> bool:
+        """The driver wants the cell to end."""
+        return self.is_interrupt_pending or self.board.is_stopped(self.rank)
 
     # -- groups -------------------------------------------------------------------------------------------------------------------------
 
     def _making_groups(self, make: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(make)
-        def helper(*args: Any, **kwargs: Any) -> Any:
+        def helper(
+            group_size: int, group_rank: int, ranks: Sequence[int], backend: Any, store: Any, name: str, *args: Any, **kw: Any
+        ) -> Any:
+            if not self._internal:
+                self._gather_to_make(ranks, name)
             before = sockets.connections()
-            made = make(*args, **kwargs)
+            made = make(group_size, group_rank, ranks, backend, store, name, *args, **kw)
             process_group = made[0] if isinstance(made, tuple) else made
             if isinstance(process_group, dist.ProcessGroup) and not self._internal:
-                self._learn(process_group, args, kwargs, sockets.connections() - before)
+                self._learn(process_group, tuple(ranks), kw.get("group_desc"), sockets.connections() - before)
             return made
 
         return helper
 
-    def _learn(self, process_group: Any, args: tuple[Any, ...], kwargs: dict[str, Any], new: frozenset[sockets.Connection]) -> None:
-        ranks = tuple(kwargs.get("global_ranks_in_group", args[2] if len(args) > 2 else ())) or tuple(range(process_group.size()))
-        description = kwargs.get("group_desc") or process_group.group_desc
-        name = (
-            "world"
-            if description == "default_pg"
-            else str(description if description not in (None, "", "undefined") else process_group.group_name)
-        )
-        key = _key(f"{self.generation}:{process_group.group_name}:{ranks}")
-        group = KnownGroup(key=key, name=name, ranks=ranks, generation=self.generation, process_group=process_group, connections=new)
+    def _learn(self, process_group: Any, ranks: tuple[int, ...], description: str | None, new: frozenset[sockets.Connection]) -> None:
+        ranks = ranks or tuple(range(process_group.size()))
+        description = description or process_group.group_desc
+        name = "world" if description == "default_pg" else description
+        if name in (None, "", "undefined"):
+            name = process_group.group_name
+        key = key_of(f"{self.generation}:{process_group.group_name}:{ranks}")
+        group = KnownGroup(key=key, name=str(name), ranks=ranks, generation=self.generation, connections=new)
         self._groups[id(process_group)] = group
+        weakref.finalize(process_group, self._groups.pop, id(process_group), None).atexit = False
         self._announce(group)
 
+    def _gather_to_make(self, ranks: Sequence[int], name: str) -> None:
+        """Meet the whole world before a group is made: torch's own wait for a rank that does not come can neither be seen nor stopped."""
+        world = self._groups.get(id(dist.group.WORLD)) if dist.is_initialized() else None
+        is_for_all = name.isdigit()  # a hashed name is of a group that only its members make
+        if world is None or world.generation != self.generation or not self.is_checked or not is_for_all or len(ranks) < 2:
+            return
+        text = f"new_group(ranks={list(ranks)})"
+        line, place = place_of(user_frame(1)[0], text)
+        peers = tuple(r for r in world.ranks if r != self.rank)
+        call = Call(operation=NEW_GROUP, group=world, key=world.key, peers=peers, text=text, line=line, place=place)
+        try:
+            with self._busy():
+                self._meet(self._post(call, AreaState.ON_BOARD), waits=True)
+        except BaseException:
+            c10d._world.group_count -= 1  # else this rank would name its next group otherwise than its peers
+            raise
+        finally:
+            self.board.move(self.rank, AreaState.NOWHERE)
+
     # -- collectives --------------------------------------------------------------------------------------------------------------------
-
-    def _blocking(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """Mark a send or recv as one that its caller waits for: the operator itself cannot tell."""
-
-        @functools.wraps(call)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._local.is_blocking = True
-            try:
-                return call(*args, **kwargs)
-            except RuntimeError:
-                if self.was_shut:
-                    raise Freed(f"freed from {call.__name__}: the cell was stopped") from None
-                raise
-            finally:
-                self._local.is_blocking = False
-                self.board.move(self.rank, AreaState.NOWHERE)
-
-        return wrapped
 
     def _collective(self, name: str, operation: Operation, keyset: Any, *args: Any) -> Any:
         onward = getattr(torch.ops.c10d, name).default.redispatch
@@ -180,10 +169,16 @@ class Interceptor:
         if group is None:
             return onward(keyset & _BELOW, *args)
         self._refuse_stale(group, operation)
+        with self._busy():
+            return self._run(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """While the main thread is inside, a signal is kept for later."""
         is_main = threading.get_ident() == self._main
         was_busy, self.is_busy = self.is_busy, self.is_busy or is_main
         try:
-            return self._run(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
+            yield
         finally:
             self.is_busy = was_busy
             if is_main and self.is_interrupt_pending and not was_busy:
@@ -200,122 +195,145 @@ class Interceptor:
                 "wb.Group handles and the layout in use follow by themselves"
             )
 
-    def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
-        frame, calls_from_autograd = _user_frame()
-        text = operation.describe(args)
-        if operation.is_point_to_point:
-            key, peers, text = self._channel(operation, group, args, text)
-            waits = operation.name == "recv" and getattr(self._local, "is_blocking", False)
-            is_blocking = getattr(self._local, "is_blocking", False)
-        else:
-            key, peers = group.key, tuple(r for r in group.ranks if r != self.rank)
-            is_blocking = not operation.is_async(args)
-            waits = is_blocking or calls_from_autograd
-        line, place = _place(frame, text)
+    def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
+        frame, calls_from_autograd = user_frame(2)
+        call = self._describe(operation, group, args, frame)
+        is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
+        waits = (is_blocking or calls_from_autograd) and bool(call.peers)
         started = time.monotonic_ns()
-        state = AreaState.ON_BOARD if waits and self.is_checked else AreaState.IN_GLOO
-        sequence = self.board.begin(self.rank, key, text.encode(), state, place, line)
+        call = self._post(call, AreaState.ON_BOARD if waits and self.is_checked else AreaState.IN_GLOO)
         if self.is_checked:
-            self._meet(operation, key, sequence, text, peers, group, waits=waits)
+            self._meet(call, waits=waits)
         arrived = time.monotonic_ns()
         self.board.move(self.rank, AreaState.IN_GLOO)
         try:
-            out = call()
-            if is_blocking and not operation.is_point_to_point:  # gloo hangs when a send or recv is waited for twice
-                dist.Work.unbox(out[-1] if isinstance(out, tuple) else out).wait()
-        except RuntimeError:
-            if self.was_shut:
-                raise Freed(f"freed from {text}: the cell was stopped") from None
+            out = onward()
+            work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
+            if not is_blocking and not calls_from_autograd:
+                self._remember(replace(call, work=work))
+            elif not operation.is_point_to_point and is_blocking:  # gloo hangs when a send or recv is waited for twice
+                work.wait()
+        except RuntimeError as error:
+            self._tell_freed(call, error)
             raise
         finally:
             if not (is_blocking and operation.is_point_to_point):
                 self.board.move(self.rank, AreaState.NOWHERE)
-        row = (_INDEX[name], key, sequence, num_bytes(args), started, arrived, time.monotonic_ns(), self.board.cell(self.rank) << 20 | line)
-        self.board.note(self.rank, row)
+        where = self.board.cell(self.rank) << 20 | call.line
+        self.board.note(self.rank, (_INDEX[name], call.key, call.sequence, num_bytes(args), started, arrived, time.monotonic_ns(), where))
         return out
+
+    def _describe(self, operation: Operation, group: KnownGroup, args: tuple[Any, ...], frame: Any) -> Call:
+        text = operation.describe(args)
+        if operation.is_point_to_point:
+            key, peers, text = self._channel(operation, group, args, text)
+        else:
+            key, peers = group.key, tuple(r for r in group.ranks if r != self.rank)
+        line, place = place_of(frame, text)
+        return Call(operation=operation, group=group, key=key, peers=peers, text=text, line=line, place=place)
+
+    def _post(self, call: Call, state: AreaState) -> Call:
+        """Put a call on the board, which gives it its number."""
+        return replace(call, sequence=self.board.begin(self.rank, call.key, call.text.encode(), state, call.place, call.line))
 
     def _channel(self, operation: Operation, group: KnownGroup, args: tuple[Any, ...], text: str) -> tuple[int, Sequence[int], str]:
         """The directed channel of a send or recv: counted on both ends like a group of its own."""
+        if operation.name == "recv_any":
+            key = self._know_channel(group, f"any>{self.rank}:{args[2]}", f"any to {self.rank}", group.ranks)
+            return key, (), f"{text} from any rank"
         peer = group.ranks[args[2]]
         source, target = (self.rank, peer) if operation.name == "send" else (peer, self.rank)
-        key = _key(f"{group.key}:{source}>{target}:{args[3]}")
-        if key not in self._channels:
-            self._channels.add(key)
-            name = f"{source} to {target} in {group.name}"
-            self._announce(
-                KnownGroup(
-                    key=key, name=name, ranks=(source, target), generation=group.generation, process_group=None, connections=frozenset()
-                )
-            )
+        key = self._know_channel(group, f"{source}>{target}:{args[3]}", f"{source} to {target}", (source, target))
         return key, (() if operation.name == "send" else (source,)), f"{text} {'to' if operation.name == 'send' else 'from'} rank {peer}"
 
-    def _meet(
-        self, operation: Operation, key: int, sequence: int, text: str, peers: Sequence[int], group: KnownGroup, *, waits: bool
-    ) -> None:
-        """Wait for the peers, then compare what each is about to do."""
+    def _know_channel(self, group: KnownGroup, identity: str, name: str, ranks: tuple[int, ...]) -> int:
+        key = key_of(f"{group.key}:{identity}")
+        if key not in self._channels:
+            self._channels.add(key)
+            self._announce(KnownGroup(key=key, name=f"{name} in {group.name}", ranks=ranks, generation=group.generation))
+        return key
+
+    def _meet(self, call: Call, *, waits: bool) -> None:
+        """Wait for the peers, then compare what each is about to do; a call that does not come to be is taken back."""
         try:
             while True:
                 if waits:
-                    self.board.wait(self.rank, key, sequence, peers, self._is_stopped)
-                if not operation.is_point_to_point and not self.board.is_same(key, sequence, text.encode(), peers):
-                    raise CollectiveMismatch(self._mismatch(key, sequence, group), rank=self.rank)
-                if not waits or self.board.has_arrived(key, sequence, peers):
+                    self.board.wait(self.rank, call.key, call.sequence, call.peers, lambda: self.is_stopped)
+                self._compare(call)
+                if not waits or self.board.has_arrived(call.key, call.sequence, call.peers):
                     return  # else a peer met a mismatch and went back between our wait and our look
         except Stopped:
-            self.board.take_back(self.rank, key)
-            raise Freed(f"freed from {text}: the cell was stopped") from None
+            self.board.take_back(self.rank, call.key)
+            raise Freed(f"freed from {call.text}: the cell was stopped") from None
         except BaseException:
-            self.board.take_back(self.rank, key)
+            self.board.take_back(self.rank, call.key)
             raise
 
-    def _is_stopped(self) -> bool:
-        return self.is_interrupt_pending or self.board.is_stopped(self.rank)
+    def _compare(self, call: Call) -> None:
+        if call.operation.is_point_to_point or self.board.is_same(call.key, call.sequence, call.text.encode(), call.peers):
+            return
+        texts = self.board.texts(call.key, call.sequence, call.group.ranks)
+        raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
 
-    def _mismatch(self, key: int, sequence: int, group: KnownGroup) -> str:
-        texts = self.board.texts(key, sequence, group.ranks)
-        by_text: dict[str, list[int]] = {}
-        for rank, text in texts.items():
-            by_text.setdefault(text, []).append(rank)
-        rarest_first = sorted(by_text.items(), key=lambda item: (len(item[1]), item[1][::-1]))
-        odd_text, odd_ranks = rarest_first[0]
-        lines = [
-            f"ranks met in collective #{sequence} of group {group.name!r} with different operations: "
-            f"{_ranks(odd_ranks)} called {odd_text}, {_ranks(rarest_first[-1][1])} called {rarest_first[-1][0]}",
-            *(f"  {_ranks(ranks):<20} {text}" for text, ranks in rarest_first),
-            "every rank of a group must make the same calls in the same order, with the same shape, dtype, reduce op and root",
-        ]
-        return "\n".join(lines)
+    def _tell_freed(self, call: Call, error: RuntimeError) -> None:
+        """gloo's error is no failure of this rank's own when connections were shut, here or by a peer that was stopped too."""
+        if self.was_shut or self.board.is_stopped(self.rank):
+            raise Freed(f"freed from {call.text}: the cell was stopped") from error
 
+    # -- waiting ------------------------------------------------------------------------------------------------------------------------
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
+    def _blocking(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Mark a send or recv as one that its caller waits for: the operator itself cannot tell."""
 
+        @functools.wraps(make)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._local.is_blocking = True
+            try:
+                return make(*args, **kwargs)
+            except RuntimeError:
+                if self.was_shut or self.board.is_stopped(self.rank):
+                    raise Freed(f"freed from {make.__name__}: the cell was stopped") from None
+                raise
+            finally:
+                self._local.is_blocking = False
+                self.board.move(self.rank, AreaState.NOWHERE)
 
-def _key(text: str) -> int:
-    """A positive 62-bit number, the same in every process."""
-    data = text.encode()
-    return (zlib.crc32(data) << 30 | zlib.crc32(data[::-1] + b"?") >> 2) or 1
+        return wrapped
 
+    def _remember(self, call: Call) -> None:
+        for work_id in [i for i, old in list(self._in_flight.items())[:2] if old.work.is_completed()]:
+            self._in_flight.pop(work_id, None)
+        if len(self._in_flight) >= _MOST_IN_FLIGHT:
+            self._in_flight.pop(next(iter(self._in_flight)), None)
+        self._in_flight[id(call.work)] = call
 
-def _user_frame() -> tuple[FrameType | None, bool]:
-    """Innermost frame of user code, and whether the autograd engine made the call."""
-    frame: FrameType | None = sys._getframe(3)
-    calls_from_autograd = False
-    innermost = True
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if innermost and not name.startswith(_PACKAGE):
-            calls_from_autograd = frame.f_code.co_name == "_engine_run_backward"
-            innermost = False
-        if not name.startswith(_NOT_USER_CODE):
-            return frame, calls_from_autograd
-        frame = frame.f_back
-    return None, calls_from_autograd
+    def _waiting(self, wait: Callable[..., bool]) -> Callable[..., bool]:
+        @functools.wraps(wait)
+        def wrapped(work: Any, *args: Any, **kwargs: Any) -> bool:
+            call = self._in_flight.pop(id(work), None)
+            if call is None:
+                return wait(work, *args, **kwargs)
+            with self._busy():
+                return self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
 
+        return wrapped
 
-def _place(frame: FrameType | None, text: str) -> tuple[int, bytes]:
-    if frame is None:
-        return 0, text.encode()
-    line = frame.f_lineno
-    source = linecache.getline(frame.f_code.co_filename, line).strip()
-    return line, f"{text}\0{source}".encode()
+    def _wait(self, call: Call, wait: Callable[[], bool], *, has_limit: bool) -> bool:
+        """Wait for an asynchronous call, on the board as long as peers are missing; one with a time limit of its own waits in gloo."""
+        is_on_board = self.is_checked and bool(call.peers) and not has_limit
+        state = AreaState.ON_BOARD if is_on_board else AreaState.IN_GLOO
+        self.board.show(self.rank, call.key, call.sequence, state, call.place, call.line)
+        try:
+            if is_on_board:
+                self.board.wait(self.rank, call.key, call.sequence, call.peers, lambda: self.is_stopped)
+                self._compare(call)
+                self.board.move(self.rank, AreaState.IN_GLOO)
+            return wait()
+        except Stopped:
+            self.shut()  # gloo has begun this call: nothing else ends it
+            raise Freed(f"freed from {call.text}: the cell was stopped") from None
+        except RuntimeError as error:
+            self._tell_freed(call, error)
+            raise
+        finally:
+            self.board.move(self.rank, AreaState.NOWHERE)

@@ -83,7 +83,7 @@ def _replace_the_old_one() -> None:
 
 
 def _current_cell(shell: Any) -> str:
-    parent = getattr(shell, "get_parent", dict)() or {}
+    parent: Any = getattr(shell, "get_parent", dict)() or {}
     code = parent.get("content", {}).get("code") if isinstance(parent, dict) else None
     return str(code or "")
 

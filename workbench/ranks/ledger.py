@@ -45,11 +45,13 @@ def write_perfetto(frame: pd.DataFrame, path: Path) -> Path:
     for rank in sorted(set(frame["rank"])):
         events.append({"ph": "M", "name": "process_name", "pid": int(rank), "args": {"name": f"rank {rank}"}})
     first = float(frame.start_s.min()) if len(frame) else 0.0
-    for row in frame.itertuples():
-        common = {"ph": "X", "pid": int(row.rank), "tid": 0, "ts": (row.start_s - first) * 1e6}
-        args = {"group": row.group, "sequence": row.sequence, "bytes": row.num_bytes, "cell": row.cell, "line": row.line}
-        events.append({**common, "name": row.op, "dur": row.duration_s * 1e6, "args": args})
-        if row.wait_s > 0:
-            events.append({**common, "name": "wait", "dur": row.wait_s * 1e6})
+    for rank, op, group, sequence, size, start_s, wait_s, duration_s, cell, line in zip(
+        *(frame[c].tolist() for c in _COLUMNS), strict=True
+    ):
+        common = {"ph": "X", "pid": rank, "tid": 0, "ts": (start_s - first) * 1e6}
+        args = {"group": group, "sequence": sequence, "bytes": size, "cell": cell, "line": line}
+        events.append({**common, "name": op, "dur": duration_s * 1e6, "args": args})
+        if wait_s > 0:
+            events.append({**common, "name": "wait", "dur": wait_s * 1e6})
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     return path

@@ -14,7 +14,7 @@ from typing import Any
 from workbench.ranks.board import Board
 from workbench.ranks.channel import ChannelReader, ChannelWriter
 from workbench.ranks.output import OutputPipe
-from workbench.ranks.servers import ForkServer
+from workbench.ranks.servers import ForkServer, describe_exit
 
 __all__ = ["Link"]
 
@@ -61,6 +61,13 @@ class Link:
                 os.kill(self.pid, number)
             except ProcessLookupError:
                 return
+
+    def describe_death(self) -> tuple[int, str | None, str]:
+        """Exit code, signal name, and how it died in words, with its last output lines."""
+        code, name, cause = describe_exit(self.exit_status or 0)
+        said = self.err.last_lines() or self.out.last_lines()
+        said = f"\nits last output:\n{said}" if said else "\nit had written nothing"
+        return code, name, f"{name or f'exit code {code}'} ({cause}){said}"
 
     def close(self) -> None:
         """Close our ends; the rank ends by itself when it sees that."""

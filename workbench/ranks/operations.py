@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.distributed_c10d as c10d
 
-__all__ = ["OPERATIONS", "Operation", "num_bytes", "remember_reduce_ops"]
+__all__ = ["NEW_GROUP", "OPERATIONS", "Operation", "num_bytes", "remember_reduce_ops"]
 
 _last = (
     threading.local()
@@ -120,5 +120,8 @@ OPERATIONS: dict[str, Operation] = {
     "alltoall_base_": Operation("all_to_all_single", 2, 5, lambda a: f"all_to_all_single({_dtypes(a[1])})"),
     "barrier": Operation("barrier", 1, 3, lambda a: "barrier()"),
     "send": Operation("send", 1, -1, lambda a: f"send({_shapes(a[0])})", is_point_to_point=True),
+    "recv_any_source_": Operation("recv_any", 1, -1, lambda a: f"recv_any({_shapes(a[0])})", is_point_to_point=True),
     "recv_": Operation("recv", 1, -1, lambda a: f"recv({_shapes(a[0])})", is_point_to_point=True),
 }
+
+NEW_GROUP = Operation("new_group", -1, -1, lambda a: "new_group()")  # no operator of torch, but a call that all ranks make together

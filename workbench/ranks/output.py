@@ -5,6 +5,7 @@ ranks."""
 
 from __future__ import annotations
 
+import codecs
 import os
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ class OutputPipe:
         os.set_blocking(self.reading, False)
         self._pieces: list[bytes] = []
         self.tail = b""
+        self._streamed = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def hand_over(self) -> None:
         """Close our copy of the writing end, once the rank has its own."""
@@ -28,8 +30,8 @@ class OutputPipe:
             os.close(self.writing)
             self.writing = -1
 
-    def drain(self, on_text: Callable[[bytes], None] | None = None) -> bool:
-        """Read all that is there; False at end of file."""
+    def drain(self, on_text: Callable[[str], None] | None = None) -> bool:
+        """Read all that is there, and show it as text, never half a character; False at end of file."""
         while True:
             try:
                 piece = os.read(self.reading, _PIECE)
@@ -41,8 +43,8 @@ class OutputPipe:
                 return False
             self._pieces.append(piece)
             self.tail = (self.tail + piece)[-16384:]
-            if on_text is not None:
-                on_text(piece)
+            if on_text is not None and (text := self._streamed.decode(piece)):
+                on_text(text)
 
     def take(self) -> str:
         """The text since the last call."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from workbench.errors import LaunchError
+from workbench.plan.layout import Layout
 from workbench.ranks.board import Board
 from workbench.ranks.conductor import Conductor
 from workbench.ranks.link import Link
@@ -55,6 +56,8 @@ class Processes:
         self.world_size = options.world_size
         self.marks: list[tuple[float, str]] = []
         self.folder = Path(tempfile.mkdtemp(prefix="workbench-"))  # mkdtemp makes it 0700
+        self.layout: Layout | None = None  # in use since `cluster.use`; fresh ranks form its groups too
+        self._owner = os.getpid()
         self._is_closed = False
         _allow_descriptors(options.world_size * _DESCRIPTORS_PER_RANK + 256)
         preload = PRELOAD if options.start_method == "forkserver" else ()
@@ -62,7 +65,7 @@ class Processes:
         self.store_port, self._store = _start_store()
         self.board = Board.create(options.world_size)
         self.links = [Link(rank) for rank in range(options.world_size)]
-        self.conductor = Conductor(self.links, self.board, lambda label, at_s: self.marks.append((at_s, label)))
+        self.conductor = Conductor(self.links, self.board, self.start, lambda label, at_s: self.marks.append((at_s, label)))
 
     def start_all(self) -> None:
         """Start every rank and wait until the world stands.
@@ -119,6 +122,7 @@ class Processes:
             timeout_s=self.options.collective_timeout_s,
             is_checked=self.options.check_collectives,
             num_threads=max(1, (os.cpu_count() or 1) // self.world_size),
+            layout=self.layout,
         )
         link.start(self._server, config, self.board, self._environment(link.rank), self.conductor.exited)
 
@@ -142,9 +146,10 @@ class Processes:
 
     def close(self) -> None:
         """End every rank: close its channel, and kill what has not ended by then."""
-        if self._is_closed:
+        if self._is_closed or os.getpid() != self._owner:  # a fork of the driver that ends takes nothing with it
             return
         self._is_closed = True
+        self.conductor.abandon()
         for link in self.links:
             link.signal(signal.SIGKILL)  # nothing of a rank is worth waiting for: its state goes with it
         limit = time.monotonic() + 5

@@ -30,12 +30,14 @@ import torch.distributed as dist
 
 from workbench.plan.layout import Layout
 from workbench.ranks import cell as cells
+from workbench.ranks import forming
 from workbench.ranks.board import Board
+from workbench.ranks.calls import KnownGroup
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
 from workbench.ranks.config import RankConfig
 from workbench.ranks.current import Current, set_current
 from workbench.ranks.group import Group
-from workbench.ranks.intercept import Freed, Interceptor, KnownGroup
+from workbench.ranks.intercept import Freed, Interceptor
 from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
 
 __all__ = ["Rank", "main"]
@@ -78,6 +80,8 @@ class Rank:
         here.generation, here.process = self.config.generation, self
         set_current(here)
         self.here = here
+        if self.config.layout is not None:
+            forming.use_layout(self.config.layout)
         self._fill_namespace()
         self.writer.send(Ready(pid=os.getpid()))
 
@@ -153,11 +157,12 @@ class Rank:
         outcome, text, result, error = Outcome.OK, "", None, None
         self.board.enter_cell(self.config.rank, message.cell)
         try:
-            self.is_running = True
-            text, result = self._work(message, value)
-            self.is_running = False
+            try:
+                self.is_running = True
+                text, result = self._work(message, value)
+            finally:
+                self.is_running = False  # first of all: from here on a signal raises nothing, and the answer is sent
         except BaseException as raised:
-            self.is_running = False
             outcome, error = self._judge(raised), cells.tell(raised)
         self.interceptor.is_interrupt_pending = False
         _flush()
@@ -198,8 +203,9 @@ class Rank:
         """A failure of this rank's own, or the consequence of being stopped?"""
         if isinstance(error, (KeyboardInterrupt, Freed)):
             return Outcome.FREED
-        if self.interceptor.was_shut and isinstance(error, RuntimeError):
-            return Outcome.FREED
+        is_stopped = self.interceptor.was_shut or self.board.is_stopped(self.config.rank)
+        if is_stopped and isinstance(error, RuntimeError):
+            return Outcome.FREED  # its connections were shut, here or by a peer that was stopped too
         return Outcome.RAISED
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
@@ -223,10 +229,8 @@ class Rank:
 
     def _follow(self) -> None:
         """Form the layout's groups again behind the handles that the user holds."""
-        if self.here.groups:
-            from workbench.ranks.forming import form_groups
-
-            for axis, formed in form_groups(self.here.layout).items():
+        if self.here.has_layout:
+            for axis, formed in forming.form_groups(self.here.layout).items():
                 self.here.groups[axis].rebind(formed.process_group if formed.is_member else None)
 
 

@@ -1,0 +1,115 @@
+"""One collective call of a rank, as it stands on the board: which group, which number, what its peers must agree on, where it was written.
+
+Knows groups' names and lines of source. Does not know torch's operators nor how a call is made.
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+
+from workbench.ranks import sockets
+from workbench.ranks.operations import Operation
+
+__all__ = ["Call", "KnownGroup", "key_of", "mismatch_text", "place_of", "user_frame"]
+
+_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_NOT_USER_CODE = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownGroup:
+    """A process group that is watched, or a channel between two of its ranks.
+
+    Attributes:
+        key: its name on the board: the same number on all members, another one in each generation.
+        ranks: global ranks, in group order.
+        connections: sockets that were opened to form it.
+    """
+
+    key: int
+    name: str
+    ranks: tuple[int, ...]
+    generation: int
+    connections: frozenset[sockets.Connection] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of this rank.
+
+    Attributes:
+        peers: ranks that must post it too before it can end.
+        text: what it is, with all that members must agree on.
+        line, place: where it was called, for the driver.
+        work: what its caller waits for, when it is asynchronous; held so that torch's object keeps its identity until then.
+    """
+
+    operation: Operation
+    group: KnownGroup
+    key: int
+    peers: Sequence[int]
+    text: str
+    line: int
+    place: bytes
+    sequence: int = 0
+    work: Any = None
+
+
+def key_of(text: str) -> int:
+    """A positive 62-bit number, the same in every process."""
+    data = text.encode()
+    return (zlib.crc32(data) << 30 | zlib.crc32(data[::-1] + b"?") >> 2) or 1
+
+
+def user_frame(depth: int) -> tuple[FrameType | None, bool]:
+    """Innermost frame of user code above the caller's `depth`, and whether the autograd engine made the call."""
+    frame: FrameType | None = sys._getframe(depth + 1)
+    calls_from_autograd = False
+    innermost = True
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if innermost and not name.startswith(_PACKAGE):
+            calls_from_autograd = frame.f_code.co_name == "_engine_run_backward"
+            innermost = False
+        if not name.startswith(_NOT_USER_CODE):
+            return frame, calls_from_autograd
+        frame = frame.f_back
+    return None, calls_from_autograd
+
+
+def place_of(frame: FrameType | None, text: str) -> tuple[int, bytes]:
+    """Line of the user's code (0: unknown), and the call and that line's text as the board keeps them."""
+    if frame is None:
+        return 0, text.encode()
+    line = frame.f_lineno
+    source = linecache.getline(frame.f_code.co_filename, line).strip()
+    return line, f"{text}\0{source}".encode()
+
+
+def mismatch_text(texts: Mapping[int, str], sequence: int, group: KnownGroup) -> str:
+    """What each rank called, the odd one first."""
+    by_text: dict[str, list[int]] = {}
+    for rank, text in texts.items():
+        by_text.setdefault(text, []).append(rank)
+    rarest_first = sorted(by_text.items(), key=lambda item: (len(item[1]), item[1][::-1]))
+    odd_text, odd_ranks = rarest_first[0]
+    lines = [
+        f"ranks met in collective #{sequence} of group {group.name!r} with different operations: "
+        f"{_ranks(odd_ranks)} called {odd_text}, {_ranks(rarest_first[-1][1])} called {rarest_first[-1][0]}",
+        *(f"  {_ranks(ranks):<20} {text}" for text, ranks in rarest_first),
+        "every rank of a group must make the same calls in the same order, with the same shape, dtype, reduce op and root",
+    ]
+    return "\n".join(lines)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))
