@@ -1,0 +1,92 @@
+"""What the check of collectives costs: an all_reduce with the check on, off, and in plain torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from benchmarks.line import Line
+from benchmarks.peers import run_peer, torchrun
+
+__all__ = ["CollectivesResult", "Timing", "measure", "seconds_per_call"]
+
+SMALL_BYTES, LARGE_BYTES = 64, 1_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds of one all_reduce on rank 0, a number a batch of calls."""
+
+    num_ranks: int
+    num_bytes: int
+    with_check_s: tuple[float, ...]
+    without_check_s: tuple[float, ...]
+    plain_s: tuple[float, ...]
+
+    def lines(self) -> list[Line]:
+        on, off, plain = (1e6 * median(s) for s in (self.with_check_s, self.without_check_s, self.plain_s))
+        what = f"all_reduce of {self.num_bytes:,} bytes, {self.num_ranks} ranks"
+        return [
+            Line(what=f"{what}, check on", unit="us", ours=on, theirs=plain, peer="plain torch"),
+            Line(what=f"{what}, check off", unit="us", ours=off, theirs=plain, peer="plain torch"),
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectivesResult:
+    timings: tuple[Timing, ...]
+
+    def lines(self) -> list[Line]:
+        return [line for timing in self.timings for line in timing.lines()]
+
+
+def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int) -> list[float]:
+    """Seconds of one all_reduce over the default group, a number a batch of `num_calls`; runs in a rank, with one thread."""
+    import torch
+    import torch.distributed as dist
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    tensor = torch.ones(num_bytes // 4)
+    found = []
+    for _ in range(num_batches + 1):
+        dist.barrier()
+        start_s = time.perf_counter()
+        for _ in range(num_calls):
+            dist.all_reduce(tensor)
+            tensor.fill_(1.0)
+        found.append((time.perf_counter() - start_s) / num_calls)
+    torch.set_num_threads(num_threads)
+    return found[1:]  # the first warms up
+
+
+def measure(
+    *, world_sizes: Sequence[int] = (2, 4, 8), sizes: Sequence[int] = (SMALL_BYTES, LARGE_BYTES), num_calls: int = 100, repeats: int = 3
+) -> CollectivesResult:
+    """Time all three ways in turns."""
+    timings = []
+    for num_ranks in world_sizes:
+        rounds = [(_ours(num_ranks, sizes, num_calls, True), _ours(num_ranks, sizes, num_calls, False), _plain(num_ranks, sizes, num_calls))
+                  for _ in range(repeats)]  # fmt: skip
+        for size in sizes:
+            on, off, plain = (tuple(s for way in ways for s in way[size]) for ways in zip(*rounds, strict=True))
+            timings.append(Timing(num_ranks=num_ranks, num_bytes=size, with_check_s=on, without_check_s=off, plain_s=plain))
+    return CollectivesResult(timings=tuple(timings))
+
+
+_NUM_BATCHES = 5
+
+
+def _ours(num_ranks: int, sizes: Sequence[int], num_calls: int, is_checked: bool) -> dict[int, list[float]]:
+    import workbench as wb
+
+    with wb.launch(num_ranks, check_collectives=is_checked) as cluster:
+        return {size: cluster.run(seconds_per_call, size, num_calls=num_calls, num_batches=_NUM_BATCHES)[0] for size in sizes}
+
+
+def _plain(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[int, list[float]]:
+    numbers = [str(n) for n in (num_calls, _NUM_BATCHES, *sizes)]
+    answer = run_peer(torchrun(num_ranks, "benchmarks.peers.torchrun_ranks", *numbers))
+    return {size: answer.values["seconds"][str(size)] for size in sizes}

@@ -1,0 +1,141 @@
+"""The command behind `workbench bench`: measure, print one table, keep it.
+
+    workbench bench [NAME ...] [--out FILE] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks import cells, collectives, launch, scatter, sleep, tokens
+from benchmarks.line import Line
+
+__all__ = ["MEASUREMENTS", "main"]
+
+RESULTS = Path(__file__).parent / "results"
+_WIDTH = 160
+
+
+class Result(Protocol):
+    def lines(self) -> list[Line]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One measurement: how it is made, and with which arguments for a quick look."""
+
+    measure: Callable[..., Result]
+    quick: dict[str, Any]
+
+
+MEASUREMENTS = {
+    "launch": Measurement(measure=launch.measure, quick={"repeats": 1}),
+    "cells": Measurement(measure=cells.measure, quick={"num_cells": 40}),
+    "scatter": Measurement(measure=scatter.measure, quick={"repeats": 3}),
+    "tokens": Measurement(measure=tokens.measure, quick={"repeats": 2, "num_samples": 4}),
+    "sleep": Measurement(measure=sleep.measure, quick={"repeats": 2}),
+    "collectives": Measurement(measure=collectives.measure, quick={"repeats": 1}),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print the table and write it; 0 when every measurement ended, 1 when one failed."""
+    from rich.console import Console
+
+    options = _parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    lines, results, failures, loads = [], {}, {}, [os.getloadavg()[0]]
+    for name in options.names or list(MEASUREMENTS):
+        chosen = MEASUREMENTS[name]
+        console.print(f"measuring {name} ...", highlight=False)
+        try:
+            result = chosen.measure(**(chosen.quick if options.quick else {}))
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {error}"
+            console.print(f"{name} failed: {failures[name]}", markup=False, style="red")
+            continue
+        results[name] = asdict(result)  # type: ignore[call-overload]
+        lines += result.lines()
+        loads.append(os.getloadavg()[0])
+    text = _text(lines, _heading(loads))
+    console.print(text, highlight=False, markup=False)
+    record = {"heading": _heading(loads), "lines": [_told(line) for line in lines], "results": results, "failures": failures}
+    path = _write(options.out, text, record)
+    console.print(f"kept in {path} and {path.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    return 1 if failures else 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="workbench bench", description="Speed and memory, beside what people use today.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MEASUREMENTS)}; none takes all")
+    parser.add_argument("--out", type=Path, help="text file to write; its .json lies beside it")
+    parser.add_argument("--quick", action="store_true", help="few repeats: a look, not a result")
+    options = parser.parse_args(argv)
+    for name in options.names:
+        if name not in MEASUREMENTS:
+            parser.error(f"no measurement {name!r}; there are {', '.join(MEASUREMENTS)}")
+    return options
+
+
+def _heading(loads: Sequence[float]) -> str:
+    """Date, machine and versions, a line each."""
+    from workbench.environment import describe_environment
+
+    found = describe_environment()
+    machine = found["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}; {machine['num_usable_cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
+        f"{_processor()}, {machine['system']}\n{versions}\n"
+        f"load of the machine before, between and after the measurements: {', '.join(f'{load:.1f}' for load in loads)} (1 minute)"
+    )
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown processor"
+
+
+def _text(lines: Sequence[Line], heading: str) -> str:
+    """The table as plain text."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("what", "ours", "theirs", "ratio", "reach", ""):
+        table.add_column(title, justify="right" if title in ("ours", "ratio", "reach") else "left")
+    for line in lines:
+        table.add_row(*line.cells())
+    out = io.StringIO()
+    console = Console(file=out, width=_WIDTH, color_system=None)
+    console.print(heading, highlight=False, markup=False)
+    console.print(table)
+    return "\n".join(row.rstrip() for row in out.getvalue().splitlines())
+
+
+def _told(line: Line) -> dict[str, Any]:
+    return {**asdict(line), "ratio": line.ratio, "verdict": str(line.verdict)}
+
+
+def _write(out: Path | None, text: str, record: dict[str, Any]) -> Path:
+    path = out or RESULTS / f"{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())
