@@ -18,6 +18,8 @@ from workbench.ranks.servers import ForkServer, describe_exit
 
 __all__ = ["Link"]
 
+_ENTRY = "workbench.ranks.rank:main"
+
 
 class Link:
     """A rank as the driver holds it."""
@@ -44,7 +46,7 @@ class Link:
     ) -> None:
         """Fork the process; its ends of the channel and pipes are then its own."""
         self.pid = server.spawn(
-            "workbench.ranks.rank:main",
+            _ENTRY,
             config,
             fds=[self.out.writing, self.err.writing, self._theirs.fileno(), board.fd],
             environment=environment,
