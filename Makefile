@@ -36,10 +36,10 @@ check: ready  ## lint, types and the tests of the house rules
 	@$(BIN)/python -m pytest -q tests/test_house.py
 
 notebooks: ready  ## build the notebooks from their sources and run them
-	@$(BIN)/python scripts/notebooks.py
+	@$(BIN)/python scripts/build_notebooks.py
 
 figures: ready  ## the pictures of README.md
-	@$(BIN)/python scripts/figures.py
+	@$(BIN)/python scripts/make_figures.py
 
 bench: ready  ## speed and memory, beside what people use today
 	@$(BIN)/workbench bench

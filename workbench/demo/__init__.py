@@ -9,6 +9,6 @@ What is claimed is checked before it is told; a claim that does not hold is an e
 
 from __future__ import annotations
 
-from workbench.demo.parts import bare_vllm, compare, equal_slicing, memory_mib, name_engine
+from workbench.demo.parts import bare_vllm, compare, equal_slicing, memory_mib, name_engine, tokens_of
 
-__all__ = ["bare_vllm", "compare", "equal_slicing", "memory_mib", "name_engine"]
+__all__ = ["bare_vllm", "compare", "equal_slicing", "memory_mib", "name_engine", "tokens_of"]

@@ -21,11 +21,11 @@ from workbench.rollout.memory import MemorySampler
 if TYPE_CHECKING:
     import pandas as pd
 
-    from workbench.records import Sampling
+    from workbench.records import RolloutBatch, Sampling
     from workbench.rollout.handle import EngineHandle
     from workbench.run import Run
 
-__all__ = ["bare_vllm", "compare", "equal_slicing", "memory_mib", "name_engine"]
+__all__ = ["bare_vllm", "compare", "equal_slicing", "memory_mib", "name_engine", "tokens_of"]
 
 MIB = 2**20
 _LIMIT_S = 300.0
@@ -113,6 +113,15 @@ def equal_slicing(num_prompts: Sequence[int]) -> list[int | None]:
     return [i // share if i < share * world_size else None for i in range(total)]
 
 
+def tokens_of(run: Run) -> list[list[int]]:
+    """Tokens of every completion of a run's last step in order of rank and prompt, [num_completions][length]."""
+    return [batch.tokens_of(i).tolist() for batch in _last_batches(run) for i in range(len(batch))]
+
+
+def _last_batches(run: Run) -> list[RolloutBatch]:
+    return list(list(run.batches.values())[-1].values())
+
+
 def compare(run: Run, bare: Sequence[Sequence[int]]) -> pd.DataFrame:
     """A row a prompt, of a run with one completion each: whether the tokens are a bare vLLM's, and whom equal slicing would give it to.
 
@@ -124,8 +133,7 @@ def compare(run: Run, bare: Sequence[Sequence[int]]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    batches = list(next(reversed(run.batches.values())).values())
-    ours = [batch.tokens_of(i).tolist() for batch in batches for i in range(len(batch))]
+    batches, ours = _last_batches(run), tokens_of(run)
     if len(ours) != len(bare):
         seen = f"the run has {len(ours)} completions, bare vLLM gave {len(bare)}"
         raise ValueError(

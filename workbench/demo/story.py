@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pandas as pd
 
 import workbench as wb
-from workbench.demo.parts import MIB, bare_vllm, compare, memory_mib, name_engine
+from workbench.demo.parts import MIB, bare_vllm, compare, memory_mib, name_engine, tokens_of
 from workbench.models.addition import is_right
 from workbench.ranks.cluster import Cluster
 from workbench.view.report import Section
@@ -61,7 +61,7 @@ class _Teller:
         self.say = say
         self.engine = wb.start_engine(cluster, model="tiny", kv_cache_bytes=KV_CACHE_BYTES, dtype="float32")
         self.pids = self.engine.pids
-        self.first: list[tuple[int, ...]] = []
+        self.first: list[list[int]] = []
 
     def sections(self, launch_s: float, start_s: float) -> Iterator[Section]:
         self.cluster.execute(PROMPTS_CELL)
@@ -74,7 +74,7 @@ class _Teller:
     def ragged_rollout(self, launch_s: float, start_s: float) -> Section:
         self.say("gather -> generate -> scatter")
         run = self._greedy_rollout()
-        self.first = _tokens(run)
+        self.first = tokens_of(run)
         prompts = [prompt for of_rank in self.cluster.pull("mine") for prompt in of_rank]
         self.say("the same prompts by a bare vllm.LLM, in a process that knows nothing of the ranks")
         table = compare(run, bare_vllm(prompts, GREEDY))
@@ -156,15 +156,9 @@ class _Teller:
         return wb.rollout(self.cluster, "mine", engine=self.engine, sampling=GREEDY, sleep_level=None)
 
     def _claim_same_tokens(self, when: str) -> None:
-        again = _tokens(self._greedy_rollout())
+        again = tokens_of(self._greedy_rollout())
         num_same = sum(one == other for one, other in zip(self.first, again, strict=True))
         _claim(num_same == len(again), f"only {num_same} of {len(again)} completions have the same tokens {when}")
-
-
-def _tokens(run: wb.Run) -> list[tuple[int, ...]]:
-    """Tokens of every completion of a run's last step, in rank order."""
-    batches = list(run.batches.values())[-1].values()
-    return [tuple(batch.tokens_of(i).tolist()) for batch in batches for i in range(len(batch))]
 
 
 def _claim(holds: bool, text: str, seen: str = "") -> None:
