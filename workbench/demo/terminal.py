@@ -58,12 +58,12 @@ def show(console: Console, section: Section) -> None:
 
 
 def _table(frame: pd.DataFrame) -> Table:
-    """Columns as wide as they need; where the terminal is too narrow, those over `_LONG` letters are cut."""
+    """Columns as wide as they need; where the terminal is too narrow, those over `_LONG` letters go on in further lines."""
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 3, 0, 0))
     for name in frame:
         width = max(len(str(value)) for value in [name, *frame[name]])
         justify: Literal["left", "right"] = "right" if frame[name].dtype.kind in "if" else "left"
-        table.add_column(str(name), justify=justify, no_wrap=True, overflow="ellipsis", min_width=width if width <= _LONG else 10)
+        table.add_column(str(name), justify=justify, no_wrap=width <= _LONG, overflow="fold")
     for row in frame.itertuples(index=False):
         table.add_row(*(_cell(value) for value in row))
     return table
