@@ -21,13 +21,15 @@ _HOMES = {
     "workbench.ranks.cluster": "Cluster",
     "workbench.ranks.current": "Current current is_first_rank print_first_rank",
     "workbench.ranks.launch": "launch",
+    "workbench.ranks.replay": "Replayed replay",
     "workbench.errors": (
         "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError "
-        "RankFailed RankInterrupted RankTimeout RunError StaleGroupError WorkbenchError"
+        "RankFailed RankInterrupted RankTimeout ReplayError RunError StaleGroupError WorkbenchError"
     ),
     "workbench.plan.layout": "Layout",
     "workbench.plan.lengths": "LengthStats length_stats",
     "workbench.plan.partition": "divide partition_layers split_tensor",
+    "workbench.ranks.faults": "Fault",
     "workbench.ranks.group": "Group",
     "workbench.ranks.message_queue": "MessageQueue",
     "workbench.ranks.metrics": "reduce_metrics",

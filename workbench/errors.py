@@ -15,6 +15,7 @@
     ├── GroupError                         a collective of `Group` or `StatelessGroup` failed
     ├── ModelError (also ValueError)       a model that is not here, or cannot be made
     ├── EngineError                        an engine refused, failed or died
+    ├── ReplayError                        a tape is missing, damaged or of another world, or its replay diverged
     └── RunError                           a run's folder cannot be written or read
 """
 
@@ -39,6 +40,7 @@ __all__ = [
     "RankFailed",
     "RankInterrupted",
     "RankTimeout",
+    "ReplayError",
     "RunError",
     "StaleGroupError",
     "WorkbenchError",
@@ -144,6 +146,10 @@ class ModelError(WorkbenchError, ValueError):
 
 class EngineError(WorkbenchError):
     """An engine refused a request, failed or died."""
+
+
+class ReplayError(WorkbenchError):
+    """A tape cannot be read or replayed, or the replay diverged from it."""
 
 
 class RunError(WorkbenchError):

@@ -106,7 +106,7 @@ def _fold(lines: Sequence[tuple[int, str]]) -> list[tuple[tuple[int, ...], str]]
 
 
 @magics_class
-class RankMagics(Magics):
+class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
     """The magics; one instance a shell."""
 
     @line_magic  # type: ignore[untyped-decorator]

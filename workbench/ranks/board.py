@@ -234,6 +234,19 @@ class Board:
                 self._wait_for_bell(peer, bell, pause_s)
                 pause_s = min(2 * pause_s, 0.02)
 
+    def wait_any(self, rank: int, channels: Sequence[tuple[int, int]], is_stopped: Callable[[], bool]) -> None:
+        """Wait until one of the (peer, channel) holds a message that this rank has not taken.
+
+        Raises:
+            Stopped: `is_stopped()` became true before.
+        """
+        pause_s = 0.001
+        while not any(self.count(peer, key) > self.count(rank, key) for peer, key in channels):
+            if is_stopped():
+                raise Stopped
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, 0.02)
+
     def texts(self, key: int, sequence: int, members: Sequence[int]) -> dict[int, str]:
         """What each member posted for a collective; members whose text was overwritten are left out."""
         found = {}

@@ -48,6 +48,7 @@ class Call:
 
     Attributes:
         peers: ranks that must post it too before it can end.
+        sources: (rank, channel) of each rank that a receive from any may hear; one of them must send.
         text: what it is, with all that members must agree on.
         line, place: where it was called, for the driver.
         work: what its caller waits for, when it is asynchronous; held so that torch's object keeps its identity until then.
@@ -61,6 +62,7 @@ class Call:
     line: int
     place: bytes
     sequence: int = 0
+    sources: Sequence[tuple[int, int]] = ()
     work: Any = None
 
 

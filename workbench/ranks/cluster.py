@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ import psutil
 from workbench.errors import ClusterBusy, ClusterClosed, LaunchError, RankFailed, RankInterrupted
 from workbench.plan.layout import Layout
 from workbench.plan.selector import Selector, select_ranks
-from workbench.ranks.channel import pack
+from workbench.ranks.channel import Packed, pack
+from workbench.ranks.faults import Fault, arm, check_faults, disarm
 from workbench.ranks.handle import ActiveCell, CellHandle
 from workbench.ranks.ledger import ledger_frame, write_perfetto
 from workbench.ranks.messages import RunCell, Task
@@ -223,6 +225,50 @@ class Cluster:
         self.run(use_layout, layout)
         self._layout = self._processes.layout = layout
 
+    @contextmanager
+    def record(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
+        """Within the block, keep a tape of every rank: what `wb.replay(folder, rank=k)` needs to run rank k alone.
+
+        Raises:
+            ValueError: the folder holds something already.
+        """
+        from workbench.ranks.tape import start_tape, stop_tape  # here: it brings torch, which launch imports while the ranks start
+
+        target = Path(folder).resolve()
+        if target.exists() and any(target.iterdir()):
+            raise ValueError(f"{target} holds {sorted(p.name for p in target.iterdir())[:3]} already; a tape needs a folder of its own")
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._house(start_tape, str(target))
+        try:
+            yield target
+        finally:
+            self._house_where_alive(stop_tape)
+
+    @contextmanager
+    def inject(self, *faults: Fault) -> Iterator[None]:
+        """Within the block, have ranks fail on purpose: `wb.Fault(rank=1, op="all_reduce", at=2, action="delay", delay_s=1.0)`.
+
+        Raises:
+            ValueError: a fault that could never happen.
+        """
+        check_faults(faults, self.world_size)
+        self._house(arm, faults)
+        try:
+            yield
+        finally:
+            for link in self._processes.links:
+                link.signal(signal.SIGCONT)
+            self._house_where_alive(disarm)
+
+    def _house(self, fn: Callable[..., Any], *args: Any, ranks: Selector = None) -> Any:
+        """Call a function of the workbench's own on ranks; it stands on no tape."""
+        return self._perform(Task.HOUSE, "", (fn, args, {}), ranks, label=fn.__name__)
+
+    def _house_where_alive(self, fn: Callable[..., Any]) -> None:
+        alive = [link.rank for link in self._processes.links if not link.is_dead]
+        if alive and not self._is_closed:
+            self._house(fn, ranks=alive)
+
     def _perform(
         self,
         task: Task,
@@ -236,7 +282,7 @@ class Cluster:
         on_output: Callable[[int, str, str], None] | None = None,
     ) -> Any:
         members = select_ranks(ranks, self.world_size, self._layout)
-        packed = None if value is None else pack(value)
+        packed = None if value is None else _pack(value, label)
         conductor = self._conductor
         with self._lock:
             cell = self._new_cell(task, text, members, timeout_s, label, on_output)
@@ -413,6 +459,17 @@ class Cluster:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _pack(value: Any, label: str) -> Packed:
+    try:
+        return pack(value)
+    except Exception as error:  # pickle raises whatever the value's own hooks raise
+        what = "push: a value" if label == "push" else f"an argument of {label}"
+        raise TypeError(
+            f"{what} cannot travel to the ranks: {error}\n"
+            "pass numbers, arrays, tensors or plain objects; make the rest on the ranks, in a cell"
+        ) from error
 
 
 def _close(processes: Processes, owned: list[Callable[[], None]]) -> None:

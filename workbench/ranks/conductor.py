@@ -360,6 +360,7 @@ class Conductor:
             stages.add("signal")
             for rank in cell.pending:
                 self.links[rank].signal(signal.SIGINT)
+                self.links[rank].signal(signal.SIGCONT)  # a paused rank hears no signal but this
         if "shut" not in stages and (after_grace_s >= _SHUT_AFTER_S or (since_s >= _SHUT_AFTER_S and self._is_any_in_gloo(cell))):
             stages.add("shut")
             for rank in cell.pending:

@@ -16,6 +16,9 @@ from workbench.records import Absent, Diagnosis, Waiter
 __all__ = ["Scene", "diagnose"]
 
 
+_LAST_BYTES_S = 0.25  # a sender may still wait for gloo's word when its receiver has all it wanted
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
     """What the driver knows at one moment.
@@ -45,7 +48,7 @@ def diagnose(board: Board, scene: Scene) -> Diagnosis:
             waiting[rank] = waiter
     absent = sorted({rank for waiter in waiting.values() for rank in waiter.missing})
     missing = {rank: _absent(scene, rank, waiting) for rank in absent}
-    certain = [w for w in waiting.values() if any(_can_never_come(scene, rank) for rank in w.missing)]
+    certain = [w for w in waiting.values() if _is_for_ever(scene, w)]
     return Diagnosis(
         waiting=waiting,
         missing={r: a for r, a in missing.items() if r not in waiting or a.cause},
@@ -61,9 +64,9 @@ def _waiter(board: Board, scene: Scene, rank: int) -> Waiter | None:
         return None
     op = posted.place.text.partition("(")[0]
     if op == "send":
-        peers: tuple[int, ...] = ()
+        peers: tuple[int, ...] = group.ranks[1:]
     elif op == "recv":
-        peers = (group.ranks[0],)
+        peers = group.ranks[:1]
     else:
         peers = tuple(r for r in group.ranks if r != rank)
     missing = tuple(r for r in peers if board.count(r, posted.key) < posted.sequence)
@@ -84,6 +87,14 @@ def _waiter(board: Board, scene: Scene, rank: int) -> Waiter | None:
 
 def _moved(now: Posted, before: Posted) -> bool:
     return (now.state, now.key, now.sequence, now.since_s) != (before.state, before.key, before.sequence, before.since_s)
+
+
+def _is_for_ever(scene: Scene, waiter: Waiter) -> bool:
+    """A rank that will never come leaves a collective without hope; a receive from any only when all of them are such."""
+    if waiter.is_inside_gloo and waiter.for_s < _LAST_BYTES_S:
+        return False
+    gone = [_can_never_come(scene, rank) for rank in waiter.missing]
+    return bool(gone) and (all(gone) if waiter.op == "recv_any" else any(gone))
 
 
 def _can_never_come(scene: Scene, rank: int) -> bool:

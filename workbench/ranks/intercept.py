@@ -20,19 +20,20 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
 from workbench.errors import CollectiveMismatch, StaleGroupError
 from workbench.ranks import sockets
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
-from workbench.ranks.operations import NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops
+from workbench.ranks.operations import NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops, tensors_in
 
-__all__ = ["Freed", "Interceptor"]
+__all__ = ["Freed", "Hook", "Interceptor", "dropped"]
 
 # A layer above the backends' that torch leaves empty and that every call passes, inference mode included. The backend's own kernel stays in
 # place and is reached by redispatch, which gives up the GIL: held there, it deadlocks with a gloo thread that lets go of a finished
@@ -47,6 +48,27 @@ class Freed(KeyboardInterrupt):
     """This rank was freed from a collective because its cell was stopped."""
 
 
+class Hook(Protocol):
+    """Whoever wants to see, or spoil, every collective of this rank: a tape, a fault."""
+
+    def before(self, op: str) -> bool:
+        """Called before a call is posted; True leaves it out on this rank."""
+        ...
+
+    def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Called when a call was begun; what it returns is called when `tensors` hold what it gave."""
+        ...
+
+
+def dropped(name: str, args: tuple[Any, ...]) -> Any:
+    """What an operator returns when it was left out: its tensors as they are, and work that is done with them."""
+    done: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+    done.set_result(list(tensors_in(args[0])))
+    work = _create_work_from_future(done).boxed()
+    num_returns = len(getattr(torch.ops.c10d, name).default._schema.returns)
+    return (args[0], work) if num_returns == 2 else work
+
+
 class Interceptor:
     """Puts itself between torch and gloo in this process; one a process, for good."""
 
@@ -58,10 +80,12 @@ class Interceptor:
         self.is_interrupt_pending = False
         self.is_busy = False  # the main thread is in a collective: a signal must wait
         self.was_shut = False  # gloo connections of this generation were shut
+        self.hooks: list[Hook] = []
         self._announce = announce
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
         self._channels: set[int] = set()
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
+        self._told_later: dict[int, list[Callable[[], None]]] = {}  # id of a work -> whom to tell what it received
         self._internal = 0
         self._local = threading.local()
         self._main = threading.get_ident()
@@ -198,8 +222,10 @@ class Interceptor:
     def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         frame, calls_from_autograd = user_frame(2)
         call = self._describe(operation, group, args, frame)
+        if any([hook.before(operation.name) for hook in self.hooks]):
+            return dropped(name, args)
         is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
-        waits = (is_blocking or calls_from_autograd) and bool(call.peers)
+        waits = (is_blocking or calls_from_autograd) and bool(call.peers or call.sources)
         started = time.monotonic_ns()
         call = self._post(call, AreaState.ON_BOARD if waits and self.is_checked else AreaState.IN_GLOO)
         if self.is_checked:
@@ -211,8 +237,11 @@ class Interceptor:
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if not is_blocking and not calls_from_autograd:
                 self._remember(replace(call, work=work))
-            elif not operation.is_point_to_point and is_blocking:  # gloo hangs when a send or recv is waited for twice
+            elif operation.is_point_to_point:
+                self._local.call = call
+            elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 work.wait()
+            self._tell_hooks(call, args, work, is_blocking=is_blocking)
         except RuntimeError as error:
             self._tell_freed(call, error)
             raise
@@ -223,28 +252,49 @@ class Interceptor:
         self.board.note(self.rank, (_INDEX[name], call.key, call.sequence, num_bytes(args), started, arrived, time.monotonic_ns(), where))
         return out
 
+    def _tell_hooks(self, call: Call, args: tuple[Any, ...], work: Any, *, is_blocking: bool) -> None:
+        """Show hooks what a call gave; an asynchronous collective is waited for first. A receive is shown when its caller has waited."""
+        if not self.hooks:
+            return
+        tensors = list(tensors_in(args[0]))
+        is_receive = call.operation.name.startswith("recv")
+        for hook in self.hooks:
+            told = hook.begun(call.operation.name, call.text, call.line, tensors)
+            if not is_receive:
+                if not is_blocking and not call.operation.is_point_to_point:
+                    work.wait()
+                told()
+            elif is_blocking:
+                self._local.told = [*getattr(self._local, "told", []), told]
+            else:
+                self._told_later.setdefault(id(work), []).append(told)
+
     def _describe(self, operation: Operation, group: KnownGroup, args: tuple[Any, ...], frame: Any) -> Call:
         text = operation.describe(args)
-        if operation.is_point_to_point:
-            key, peers, text = self._channel(operation, group, args, text)
-        else:
-            key, peers = group.key, tuple(r for r in group.ranks if r != self.rank)
+        sources: Sequence[tuple[int, int]] = ()
+        key, peers = group.key, tuple(r for r in group.ranks if r != self.rank)
+        if operation.name == "recv_any":
+            sources = [(r, self._channel(group, r, self.rank, args[2])) for r in peers]
+            key, peers, text = (
+                self._know_channel(group, f"any>{self.rank}:{args[2]}", f"any to {self.rank}", group.ranks),
+                (),
+                f"{text} from any",
+            )
+        elif operation.is_point_to_point:
+            peer = group.ranks[args[2]]
+            is_send = operation.name == "send"
+            key = self._channel(group, self.rank, peer, args[3]) if is_send else self._channel(group, peer, self.rank, args[3])
+            peers, text = (() if is_send else (peer,)), f"{text} {'to' if is_send else 'from'} rank {peer}"
         line, place = place_of(frame, text)
-        return Call(operation=operation, group=group, key=key, peers=peers, text=text, line=line, place=place)
+        return Call(operation=operation, group=group, key=key, peers=peers, sources=sources, text=text, line=line, place=place)
 
     def _post(self, call: Call, state: AreaState) -> Call:
         """Put a call on the board, which gives it its number."""
         return replace(call, sequence=self.board.begin(self.rank, call.key, call.text.encode(), state, call.place, call.line))
 
-    def _channel(self, operation: Operation, group: KnownGroup, args: tuple[Any, ...], text: str) -> tuple[int, Sequence[int], str]:
+    def _channel(self, group: KnownGroup, source: int, target: int, tag: int) -> int:
         """The directed channel of a send or recv: counted on both ends like a group of its own."""
-        if operation.name == "recv_any":
-            key = self._know_channel(group, f"any>{self.rank}:{args[2]}", f"any to {self.rank}", group.ranks)
-            return key, (), f"{text} from any rank"
-        peer = group.ranks[args[2]]
-        source, target = (self.rank, peer) if operation.name == "send" else (peer, self.rank)
-        key = self._know_channel(group, f"{source}>{target}:{args[3]}", f"{source} to {target}", (source, target))
-        return key, (() if operation.name == "send" else (source,)), f"{text} {'to' if operation.name == 'send' else 'from'} rank {peer}"
+        return self._know_channel(group, f"{source}>{target}:{tag}", f"{source} to {target}", (source, target))
 
     def _know_channel(self, group: KnownGroup, identity: str, name: str, ranks: tuple[int, ...]) -> int:
         key = key_of(f"{group.key}:{identity}")
@@ -258,7 +308,7 @@ class Interceptor:
         try:
             while True:
                 if waits:
-                    self.board.wait(self.rank, call.key, call.sequence, call.peers, lambda: self.is_stopped)
+                    self._wait_on_board(call)
                 self._compare(call)
                 if not waits or self.board.has_arrived(call.key, call.sequence, call.peers):
                     return  # else a peer met a mismatch and went back between our wait and our look
@@ -268,6 +318,11 @@ class Interceptor:
         except BaseException:
             self.board.take_back(self.rank, call.key)
             raise
+
+    def _wait_on_board(self, call: Call) -> None:
+        if call.sources:
+            self.board.wait_any(self.rank, call.sources, lambda: self.is_stopped)
+        self.board.wait(self.rank, call.key, call.sequence, call.peers, lambda: self.is_stopped)
 
     def _compare(self, call: Call) -> None:
         if call.operation.is_point_to_point or self.board.is_same(call.key, call.sequence, call.text.encode(), call.peers):
@@ -289,16 +344,28 @@ class Interceptor:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self._local.is_blocking = True
             try:
-                return make(*args, **kwargs)
+                self._local.call = None
+                made = make(*args, **kwargs)
+                self._take(self._local.call, made)
+                for told in getattr(self._local, "told", []):
+                    told()
+                return made
             except RuntimeError:
                 if self.was_shut or self.board.is_stopped(self.rank):
                     raise Freed(f"freed from {make.__name__}: the cell was stopped") from None
                 raise
             finally:
                 self._local.is_blocking = False
+                self._local.told = []
                 self.board.move(self.rank, AreaState.NOWHERE)
 
         return wrapped
+
+    def _take(self, call: Call | None, source: int | None) -> None:
+        """Count a message from any rank on the channel of the rank that it came from, as its sender did."""
+        for rank, key in call.sources if call is not None else ():
+            if rank == source and call is not None:
+                self.board.begin(self.rank, key, call.text.encode(), AreaState.NOWHERE, call.place, call.line)
 
     def _remember(self, call: Call) -> None:
         for work_id in [i for i, old in list(self._in_flight.items())[:2] if old.work.is_completed()]:
@@ -314,21 +381,27 @@ class Interceptor:
             if call is None:
                 return wait(work, *args, **kwargs)
             with self._busy():
-                return self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
+                is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
+            for told in self._told_later.pop(id(work), []):
+                told()
+            return is_done
 
         return wrapped
 
     def _wait(self, call: Call, wait: Callable[[], bool], *, has_limit: bool) -> bool:
         """Wait for an asynchronous call, on the board as long as peers are missing; one with a time limit of its own waits in gloo."""
-        is_on_board = self.is_checked and bool(call.peers) and not has_limit
+        is_on_board = self.is_checked and bool(call.peers or call.sources) and not has_limit
         state = AreaState.ON_BOARD if is_on_board else AreaState.IN_GLOO
         self.board.show(self.rank, call.key, call.sequence, state, call.place, call.line)
         try:
             if is_on_board:
-                self.board.wait(self.rank, call.key, call.sequence, call.peers, lambda: self.is_stopped)
+                self._wait_on_board(call)
                 self._compare(call)
                 self.board.move(self.rank, AreaState.IN_GLOO)
-            return wait()
+            result = wait()
+            if call.sources:
+                self._take(call, call.group.ranks[call.work._source_rank()])
+            return result
         except Stopped:
             self.shut()  # gloo has begun this call: nothing else ends it
             raise Freed(f"freed from {call.text}: the cell was stopped") from None

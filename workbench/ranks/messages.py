@@ -33,6 +33,7 @@ class Task(StrEnum):
     CALL = "call"  # value: (function, args, kwargs)
     PUSH = "push"  # value: names to bind
     PULL = "pull"  # text: an expression
+    HOUSE = "house"  # as CALL, for the workbench's own: never on a tape
 
 
 class Outcome(StrEnum):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.distributed_c10d as c10d
 
-__all__ = ["NEW_GROUP", "OPERATIONS", "Operation", "num_bytes", "remember_reduce_ops"]
+__all__ = ["NEW_GROUP", "OPERATIONS", "Operation", "num_bytes", "remember_reduce_ops", "tensors_in"]
 
 _last = (
     threading.local()
@@ -44,23 +44,24 @@ class Operation:
 
 def num_bytes(args: tuple[Any, ...]) -> int:
     """Bytes of the first tensors of a call: what this rank gives or gets."""
-    return sum(t.numel() * t.element_size() for t in _tensors(args[0]))
+    return sum(t.numel() * t.element_size() for t in tensors_in(args[0]))
 
 
-def _tensors(value: Any) -> Iterable[torch.Tensor]:
+def tensors_in(value: Any) -> Iterable[torch.Tensor]:
+    """The tensors of an argument, however nested, in order."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _shapes(value: Any) -> str:
-    return " ".join(f"{str(t.dtype)[6:]}{list(t.shape)}" for t in _tensors(value))
+    return " ".join(f"{str(t.dtype)[6:]}{list(t.shape)}" for t in tensors_in(value))
 
 
 def _dtypes(value: Any) -> str:
-    return " ".join(sorted({str(t.dtype)[6:] for t in _tensors(value)}))
+    return " ".join(sorted({str(t.dtype)[6:] for t in tensors_in(value)}))
 
 
 def remember_reduce_ops() -> None:

@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from workbench.plan.layout import Layout
 from workbench.ranks import cell as cells
-from workbench.ranks import forming
+from workbench.ranks import forming, tape
 from workbench.ranks.board import Board
 from workbench.ranks.calls import KnownGroup
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
@@ -156,6 +156,9 @@ class Rank:
         started = time.monotonic()
         outcome, text, result, error = Outcome.OK, "", None, None
         self.board.enter_cell(self.config.rank, message.cell)
+        recorder = None if message.task is Task.HOUSE else tape.writer()
+        if recorder is not None:
+            recorder.begin_cell(message.cell, message.task, message.text, value)
         try:
             try:
                 self.is_running = True
@@ -165,6 +168,8 @@ class Rank:
         except BaseException as raised:
             outcome, error = self._judge(raised), cells.tell(raised)
         self.interceptor.is_interrupt_pending = False
+        if recorder is not None:
+            recorder.end_cell(outcome, text, f"{error.kind}: {error.message}" if error else "")
         _flush()
         self.board.enter_cell(self.config.rank, 0)
         done = CellDone(
@@ -249,7 +254,10 @@ def seed_all(seed: int) -> None:
     """Seed random, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    if torch.backends.cuda.is_built():
+        torch.manual_seed(seed)
+    else:  # the same without what it notes for GPUs that may come: a stack with its source lines, 10 ms a rank
+        torch.default_generator.manual_seed(seed)
 
 
 def _flush() -> None:

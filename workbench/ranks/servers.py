@@ -5,6 +5,8 @@ hear of their end. Does not know what they do."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import os
 import signal
 import socket
@@ -56,7 +58,8 @@ class ForkServer:
         self._watchers: dict[int, Callable[[int], None]] = {}
         self._ended: dict[int, int] = {}
         self._watch_lock = threading.Lock()
-        threading.Thread(target=self._listen, name="workbench-server", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, name="workbench-server", daemon=True)
+        self._listener.start()
 
     @property
     def is_alive(self) -> bool:
@@ -101,12 +104,16 @@ class ForkServer:
 
     def close(self) -> None:
         """End the server and all its children."""
-        self._sock.close()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes our thread too, which closing alone does not
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._listener.join(5)
+        self._sock.close()
+        self._log.close()
 
     def _watch(self, pid: int, on_exit: Callable[[int], None]) -> None:
         with self._watch_lock:
@@ -163,6 +170,13 @@ def fork_server(preload: Sequence[str], extra: Mapping[str, str] | None = None) 
         if server is None or not server.is_alive:
             server = _servers[key] = ForkServer(preload, extra or {})
         return server
+
+
+@atexit.register
+def _close_servers() -> None:
+    for key, server in list(_servers.items()):
+        if key[0] == os.getpid():  # those of a parent are not ours
+            server.close()
 
 
 def describe_exit(status: int) -> tuple[int, str | None, str]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import io
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cloudpickle
@@ -72,13 +73,11 @@ def seal(obj: Any) -> Tensor:
         ValueError: neither can pickle it.
     """
     try:
-        data = pickle.dumps(obj, protocol=pickle.HIGHEST_PROTOCOL)
+        data = _written(pickle.dump, obj)
     except Exception:  # pickle raises whatever the object's own hooks raise
         data = _cloudpickled(obj)
-    sealed = torch.empty(_DIGEST_BYTES + len(data), dtype=torch.uint8)
-    sealed[:_DIGEST_BYTES] = torch.frombuffer(bytearray(_digest(data)), dtype=torch.uint8)
-    sealed.numpy()[_DIGEST_BYTES:] = memoryview(data)
-    return sealed
+    data[:_DIGEST_BYTES] = _digest(data[_DIGEST_BYTES:])
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def unseal(sealed: Tensor) -> Any:
@@ -97,9 +96,17 @@ def unseal(sealed: Tensor) -> Any:
     return pickle.loads(view[_DIGEST_BYTES:])
 
 
-def _cloudpickled(obj: Any) -> bytes:
+def _written(dump: Callable[..., None], obj: Any) -> memoryview:
+    """A pickle behind room for its digest."""
+    file = io.BytesIO()
+    file.write(bytes(_DIGEST_BYTES))
+    dump(obj, file, protocol=pickle.HIGHEST_PROTOCOL)
+    return file.getbuffer()
+
+
+def _cloudpickled(obj: Any) -> memoryview:
     try:
-        return bytes(cloudpickle.dumps(obj))
+        return _written(cloudpickle.dump, obj)
     except Exception as error:
         raise ValueError(f"a {type(obj).__name__} cannot be sent to other ranks: {error}") from error
 

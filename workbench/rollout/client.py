@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.errors import EngineError
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, unpack
+from workbench.ranks.tape import is_playing, through_tape
 from workbench.records import EngineMemory, EngineStatus, Prompt, RolloutBatch, Sampling
 from workbench.rollout.engine import Origin, PhaseTimes
 from workbench.rollout.host import Abort, Call, Reply
@@ -60,8 +61,9 @@ class EngineClient:
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            sock.connect(address.path)
-            sock.sendall(address.token)
+            if not is_playing():  # a replay takes completions from the tape
+                sock.connect(address.path)
+                sock.sendall(address.token)
         except OSError as error:
             sock.close()
             raise EngineError(_dead_text(address, f"it does not answer ({error})")) from error
@@ -108,7 +110,8 @@ class EngineClient:
         origins: Sequence[Origin] | None = None,
         step: int = 0,
     ) -> RolloutBatch:
-        batch: RolloutBatch = self._call("generate", list(prompts), sampling, num_samples=num_samples, origins=origins, step=step)
+        options = {"num_samples": num_samples, "origins": origins, "step": step}
+        batch: RolloutBatch = through_tape("generate", lambda: self._call("generate", list(prompts), sampling, **options))
         return batch
 
     def sleep(self, level: int = 1) -> PhaseTimes:
