@@ -1,0 +1,175 @@
+"""Objects, tensor dicts and ragged token data through our groups, torch's own object collectives and vLLM's GroupCoordinator.
+
+All three in the same shape of world; ours and torch's in turns in the same ranks, with the check on; vLLM's under torchrun.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from benchmarks.line import Line, Reach
+from benchmarks.peers import run_peer, torchrun
+
+__all__ = ["GroupsResult", "Timing", "calls_of_torch", "make_inputs", "measure", "seconds_of"]
+
+SIZES = (1 << 10, 1 << 20, 1 << 26)
+Pair = tuple[tuple[float, ...], tuple[float, ...]]  # seconds of ours and of torch, a number a call
+_OBJECTS = ("broadcast_object", "all_gather_object", "send_object")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds of one call on the slowest rank, a number a call.
+
+    Attributes:
+        operation: "broadcast_object", "all_gather_object", "send_object", "broadcast_tensor_dict" or "all_gatherv".
+        num_bytes: payload of all ranks together.
+        vllm_s: empty where vLLM has no such operation on a CPU, or was not asked.
+    """
+
+    operation: str
+    num_ranks: int
+    num_bytes: int
+    ours_s: tuple[float, ...]
+    torch_s: tuple[float, ...]
+    vllm_s: tuple[float, ...] = ()
+
+    def lines(self) -> list[Line]:
+        what = f"{self.operation} of {self.num_bytes:,} bytes, {self.num_ranks} ranks"
+        ours, theirs = 1e3 * median(self.ours_s), 1e3 * median(self.torch_s)
+        reach = Reach(limit=1.0) if self.operation in _OBJECTS else Reach(limit=1 / 3) if self.num_bytes >= 1 << 20 else None
+        lines = [Line(what=what, unit="ms", ours=ours, theirs=theirs, peer="torch object collective", reach=reach)]
+        if self.vllm_s:
+            lines.append(Line(what=what, unit="ms", ours=ours, theirs=1e3 * median(self.vllm_s), peer="vLLM GroupCoordinator"))
+        return lines
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupsResult:
+    timings: tuple[Timing, ...]
+
+    def lines(self) -> list[Line]:
+        return [line for timing in self.timings for line in timing.lines()]
+
+
+def make_inputs(rank: int, num_ranks: int, num_bytes: int) -> dict[str, Any]:
+    """What a rank passes: an object, a dict of four tensors, and its ragged share of int32 tokens."""
+    import torch
+
+    share = num_bytes // num_ranks
+    mine = max(1, int(share * (0.6 + 0.8 * rank / max(1, num_ranks - 1))) // 4)
+    return {
+        "object": {"texts": "x" * num_bytes, "rank": rank},
+        "share": {"texts": "x" * share, "rank": rank},
+        "tensors": {f"t{n}": torch.ones(num_bytes // 16, dtype=torch.float32) for n in range(4)},
+        "tokens": torch.ones(mine, dtype=torch.int32),
+    }
+
+
+def calls_of_torch(rank: int, num_ranks: int, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """The same work by torch's object collectives."""
+    import torch.distributed as dist
+
+    def broadcast(name: str) -> Any:
+        box = [inputs[name] if rank == 0 else None]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(name: str) -> list[Any]:
+        boxes: list[Any] = [None] * num_ranks
+        dist.all_gather_object(boxes, inputs[name])
+        return boxes
+
+    def send() -> Any:
+        box = [inputs["object"]]
+        if rank == 0:
+            dist.send_object_list(box, dst=1)
+        elif rank == 1:
+            dist.recv_object_list(box, src=0)
+        return box[0]
+
+    return {
+        "broadcast_object": lambda: broadcast("object"),
+        "all_gather_object": lambda: gather("share"),
+        "send_object": send,
+        "broadcast_tensor_dict": lambda: broadcast("tensors"),
+        "all_gatherv": lambda: gather("tokens"),
+    }
+
+
+def seconds_of(call: Callable[[], Any], num_calls: int) -> list[float]:
+    """Seconds of single calls on this rank, each begun together."""
+    import torch.distributed as dist
+
+    found = []
+    for _ in range(num_calls + 1):
+        dist.barrier()
+        start_s = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start_s)
+    return found[1:]  # the first warms up
+
+
+def measure(
+    *, world_sizes: Sequence[int] = (2, 4), sizes: Sequence[int] = SIZES, num_calls: int = 15, with_vllm: bool = True
+) -> GroupsResult:
+    """Time all operations at all sizes."""
+    timings = []
+    for num_ranks in world_sizes:
+        theirs = _vllm(num_ranks, sizes, num_calls) if with_vllm else {}
+        for size, found in _ours_and_torch(num_ranks, sizes, num_calls).items():
+            for operation, (ours, plain) in found.items():
+                vllm = tuple(theirs.get(f"{size} {operation}", ()))
+                timings.append(
+                    Timing(operation=operation, num_ranks=num_ranks, num_bytes=size, ours_s=ours, torch_s=plain, vllm_s=vllm)
+                )
+    return GroupsResult(timings=tuple(timings))
+
+
+def _ours_and_torch(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[int, dict[str, Pair]]:
+    import workbench as wb
+
+    with wb.launch(num_ranks) as cluster:
+        return {size: _slowest(cluster.run(_in_rank, size, _fewer(size, num_calls))) for size in sizes}
+
+
+def _slowest(ranks: list[dict[str, Pair]]) -> dict[str, Pair]:
+    """Each call's time on the rank where it took longest."""
+    return {name: (_longest([told[name][0] for told in ranks]), _longest([told[name][1] for told in ranks])) for name in ranks[0]}
+
+
+def _longest(seconds: list[tuple[float, ...]]) -> tuple[float, ...]:
+    return tuple(map(max, zip(*seconds, strict=True)))
+
+
+def _fewer(size: int, num_calls: int) -> int:
+    return num_calls if size < 1 << 24 else max(2, num_calls // 4)
+
+
+def _in_rank(size: int, num_calls: int) -> dict[str, Pair]:
+    import workbench as wb
+
+    here = wb.current()
+    group, inputs = here.group, make_inputs(here.rank, here.world_size, size)
+
+    def send() -> Any:
+        return group.send_object(inputs["object"], dst=1) if here.rank == 0 else group.recv_object(0) if here.rank == 1 else None
+
+    ours: dict[str, Callable[[], Any]] = {
+        "broadcast_object": lambda: group.broadcast_object(inputs["object"] if here.rank == 0 else None),
+        "all_gather_object": lambda: group.all_gather_object(inputs["share"]),
+        "send_object": send,
+        "broadcast_tensor_dict": lambda: group.broadcast_tensor_dict(inputs["tensors"] if here.rank == 0 else None),
+        "all_gatherv": lambda: group.all_gatherv(inputs["tokens"]),
+    }
+    theirs = calls_of_torch(here.rank, here.world_size, inputs)
+    return {name: (tuple(seconds_of(ours[name], num_calls)), tuple(seconds_of(theirs[name], num_calls))) for name in ours}
+
+
+def _vllm(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[str, list[float]]:
+    answer = run_peer(torchrun(num_ranks, "benchmarks.peers.vllm_coordinator", *(f"{size}:{_fewer(size, num_calls)}" for size in sizes)))
+    return dict(answer.values["seconds"])
