@@ -43,7 +43,9 @@ class LaunchResult:
             Line(what=what, unit="s", ours=ready, theirs=ipp, peer=peer, reach=Reach(limit=1 / 8)),
             Line(what=what, unit="s", ours=ready, theirs=median(self.torchrun_s), peer="torchrun", reach=Reach(limit=1 / 4)),
             Line(what=f"the second launch({self.num_ranks})", unit="s", ours=median(self.warm_s), reach=Reach(limit=0.5, is_ours=True)),
-            Line(what=f"a later launch({self.num_ranks_many})", unit="s", ours=median(self.warm_many_s), reach=Reach(limit=3.0, is_ours=True)),
+            Line(
+                what=f"a later launch({self.num_ranks_many})", unit="s", ours=median(self.warm_many_s), reach=Reach(limit=3.0, is_ours=True)
+            ),
             Line(
                 what="private memory of an idle rank",
                 unit="MB",

@@ -1,6 +1,6 @@
 """The command behind `workbench bench`: measure, print one table, keep it.
 
-    workbench bench [NAME ...] [--out FILE] [--quick]
+workbench bench [NAME ...] [--out FILE] [--quick]
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ def measure(*, num_ranks: int = 4, num_completions: int = 4096, length_tokens: i
 
     with wb.launch(num_ranks) as cluster:
         times = cluster.run(_give_back, num_completions, length_tokens, repeats + 1)
-    ways = [[max(end for _, end in turn) - min(start for start, _ in turn) for turn in zip(*way, strict=True)][1:] for way in zip(*times, strict=True)]
+    ways = [
+        [max(end for _, end in turn) - min(start for start, _ in turn) for turn in zip(*way, strict=True)][1:]
+        for way in zip(*times, strict=True)
+    ]
     return ScatterResult(
         num_ranks=num_ranks,
         num_completions=num_completions,

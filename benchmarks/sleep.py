@@ -109,7 +109,7 @@ def _write_and_read(folder: Path, num_bytes: int) -> tuple[float, float]:
         file.seek(0)
         target = np.empty(num_bytes, np.uint8)  # not touched yet, as the pages of a sleeping engine
         start_s = time.monotonic()
-        left = memoryview(target)
+        left = memoryview(target.data)
         while left:
             left = left[file.readinto(left) :]
         return write_s, time.monotonic() - start_s

@@ -48,7 +48,9 @@ class TokensResult:
         return [Line(what=what, unit="tokens/s", ours=ours, theirs=theirs, peer="one LLM.generate", reach=Reach(limit=0.95, is_least=True))]
 
 
-def measure(*, num_ranks: int = 4, prompts_per_rank: int = 32, num_samples: int = 8, max_tokens: int = 64, repeats: int = 5) -> TokensResult:
+def measure(
+    *, num_ranks: int = 4, prompts_per_rank: int = 32, num_samples: int = 8, max_tokens: int = 64, repeats: int = 5
+) -> TokensResult:
     """Both ways in turns, both engines started; the first of each warms up."""
     import workbench as wb
 

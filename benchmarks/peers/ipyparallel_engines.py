@@ -11,7 +11,7 @@ import psutil
 
 
 def main(num_engines: int, num_cells: int) -> None:
-    import ipyparallel
+    import ipyparallel  # type: ignore[import-not-found]
 
     cluster = ipyparallel.Cluster(n=num_engines, log_level=40)
     try:

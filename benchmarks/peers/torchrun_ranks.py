@@ -1,6 +1,6 @@
 """Plain torch under torchrun: when its ranks are ready, and how long plain all_reduce calls take.
 
-    torchrun --nproc-per-node NUM_RANKS -m benchmarks.peers.torchrun_ranks NUM_CALLS NUM_BATCHES NUM_BYTES...
+torchrun --nproc-per-node NUM_RANKS -m benchmarks.peers.torchrun_ranks NUM_CALLS NUM_BATCHES NUM_BYTES...
 """
 
 from __future__ import annotations
