@@ -1,6 +1,6 @@
 """The command behind `workbench bench`: measure, print one table, keep it.
 
-workbench bench [NAME ...] [--out FILE] [--quick]
+    workbench bench [NAME ...] [--out FILE] [--quick]
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks import cells, collectives, launch, scatter, sleep, tokens
+from benchmarks import cells, collectives, groups, launch, scatter, sleep, tokens
 from benchmarks.line import Line
 
 __all__ = ["MEASUREMENTS", "main"]
@@ -44,6 +44,7 @@ MEASUREMENTS = {
     "tokens": Measurement(measure=tokens.measure, quick={"repeats": 2, "num_samples": 4}),
     "sleep": Measurement(measure=sleep.measure, quick={"repeats": 2}),
     "collectives": Measurement(measure=collectives.measure, quick={"repeats": 1}),
+    "groups": Measurement(measure=groups.measure, quick={"num_calls": 3, "sizes": (1 << 10, 1 << 20)}),
 }
 
 
@@ -93,9 +94,10 @@ def _heading(loads: Sequence[float]) -> str:
     found = describe_environment()
     machine = found["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    size = f"{machine['num_usable_cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB"
     return (
-        f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}; {machine['num_usable_cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        f"{_processor()}, {machine['system']}\n{versions}\n"
+        f"{when}; {size}, {_processor()}, {machine['system']}\n{versions}\n"
         f"load of the machine before, between and after the measurements: {', '.join(f'{load:.1f}' for load in loads)} (1 minute)"
     )
 

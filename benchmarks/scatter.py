@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -81,7 +82,7 @@ def _give_back(num_completions: int, length_tokens: int, repeats: int) -> list[l
         dist.scatter_object_list(out, parts, src=0)
         return out[0]
 
-    ways = (packed, lambda: by_objects(objects), lambda: by_objects(slices))
+    ways = (packed, partial(by_objects, objects), partial(by_objects, slices))
     times: list[list[tuple[float, float]]] = [[] for _ in ways]
     for _ in range(repeats):
         for way, found in zip(ways, times, strict=True):
