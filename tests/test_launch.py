@@ -85,7 +85,7 @@ def test_spawned_ranks_work_alike():
 def test_the_environment_of_a_launcher_is_read_in_a_process_that_is_no_rank(monkeypatch):
     for name in ("RANK", "SLURM_PROCID", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(wb.WorkbenchError, match=r"called in a process that is no rank\n.*RANK, WORLD_SIZE and MASTER_ADDR.*\ncall it inside"):
+    with pytest.raises(wb.WorkbenchError, match=r"in a process that is no rank\n.*RANK, WORLD_SIZE and MASTER_ADDR.*\ncall it inside"):
         wb.current()
     assert wb.is_first_rank()
     monkeypatch.setenv("SLURM_PROCID", "3")

@@ -33,7 +33,7 @@ from workbench.records import Diagnosis
 __all__ = ["Conductor"]
 
 _TICK_S = 0.02
-_LOOK_LIMIT_S = 0.15  # how long ranks may take to say where they are before a stop
+_LOOK_LIMIT_S = 0.3  # how long ranks may take to say where they are before a stop
 _GRACE_S = {"failure": 1.0, "deadlock": 0.15, "timeout": 0.0, "interrupt": 0.0}  # for ranks that are not stuck to end by themselves
 _SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
 _KILL_AFTER_S = 5.0

@@ -1,0 +1,227 @@
+"""Cells on ranks: what goes in, what comes out, how each failure is told; names live on."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import pytest
+import torch
+
+import workbench as wb
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with wb.launch(4) as made:
+        yield made
+
+
+def world_sum():
+    import torch.distributed as dist
+
+    x = torch.tensor([float(dist.get_rank())])
+    dist.all_reduce(x)
+    return x.item()
+
+
+def test_a_cell_sees_its_names(cluster):
+    result = cluster.execute("(rank, world_size, group.ranks, sorted(groups), torch.__name__, dist.__name__, wb.__name__)", ranks=2)
+    assert result[2].result_text == "(2, 4, (0, 1, 2, 3), [], 'torch', 'torch.distributed', 'workbench')"
+
+
+def test_functions_and_classes_of_a_cell_live_on(cluster):
+    cluster.execute("import dataclasses\n@dataclasses.dataclass\nclass Point:\n    x: int\ndef twice(p):\n    return Point(p.x * 2)")
+    assert cluster.execute("twice(Point(rank)).x")[3].result_text == "6"
+
+
+def test_the_last_expression_is_shown_but_for_none_and_a_semicolon(cluster):
+    texts = [cluster.execute(source, ranks=0)[0].result_text for source in ("1 + 1", "None", "1;", "x = 1", "", "'a\\n'", "x = 5; x")]
+    assert texts == ["2", "", "", "", "", "'a\\n'", "5"]
+
+
+def test_a_long_result_is_cut_and_says_so(cluster):
+    text = cluster.execute("'x' * 50_000", ranks=0)[0].result_text
+    assert len(text) < 20_100 and text.endswith("... (50,002 characters)")
+
+
+def test_equal_outputs_are_folded(cluster):
+    result = cluster.execute("print('a' if rank != 2 else 'b')")
+    assert str(result) == "[ranks 0-1, 3] a\n[rank 2] b"
+    assert result.folded() == [((0, 1, 3), "a\n"), ((2,), "b\n")]
+    assert "<b>ranks 0-1, 3</b>" in result._repr_html_()
+    assert repr(cluster.execute("x = 1")) == "<no output of ranks 0-3>"
+
+
+def test_arguments_travel_and_results_come_back_in_rank_order(cluster):
+    def scaled(base, *, by):
+        return base * by + wb.current().rank
+
+    assert cluster.run(scaled, torch.ones(2), by=10, ranks=[3, 1])[0].tolist() == [11.0, 11.0]
+    assert cluster.run(lambda: wb.current().rank, ranks="1-2") == [1, 2]
+    assert cluster.run(lambda: None) == [None] * 4
+
+
+def test_pull_takes_expressions(cluster):
+    cluster.push({"table": {"a": 1}})
+    assert cluster.pull("table['a'] + rank", ranks=slice(0, 2)) == [1, 2]
+    with pytest.raises(wb.RankFailed, match=r"NameError: name 'nowhere' is not defined on this rank; an earlier cell must bind it there"):
+        cluster.pull("nowhere", ranks=0)
+
+
+@pytest.mark.parametrize(
+    "call, told",
+    [
+        (lambda c: c.run("x = 1"), "cluster.run takes a function, not str: 'x = 1'; cluster.execute runs source text"),
+        (lambda c: c.push({"a b": 1}), "push: 'a b' is no name; every key must be an identifier"),
+        (lambda c: c.execute("x ="), "invalid syntax"),
+        (lambda c: c.pull("x = 1"), "invalid syntax"),
+        (lambda c: c.respawn(1), "rank 1 is alive (pid "),
+        (lambda c: c.use(wb.Layout(world_size=8)), "the layout has 8 ranks, the cluster 4; they must be equal"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_is_sent(cluster, call, told):
+    before = cluster.execute("1", block=False).number
+    time.sleep(0.2)
+    with pytest.raises((TypeError, ValueError, SyntaxError)) as caught:
+        call(cluster)
+    assert told in str(caught.value)
+    assert cluster.execute("1", block=False).number == before + 1
+    time.sleep(0.2)
+
+
+def test_an_argument_that_cannot_travel_is_told_in_the_driver(cluster):
+    with pytest.raises(TypeError, match=r"an argument of consume\(\) cannot travel to the ranks: .*lock.*\npass numbers, arrays"):
+        cluster.run(consume, threading.Lock())
+    with pytest.raises(TypeError, match=r"push: a value cannot travel to the ranks: .*generator"):
+        cluster.push({"x": (i for i in range(2))})
+    assert cluster.run(world_sum) == [6.0] * 4
+
+
+def consume(value):
+    return value
+
+
+def test_a_result_that_cannot_travel_names_its_type(cluster):
+    with pytest.raises(wb.RankFailed, match=r"the result of .* cannot travel to the driver: a generator cannot be pickled"):
+        cluster.run(lambda: (i for i in range(3)))
+
+
+@pytest.mark.parametrize("kind", ["ValueError('bad')", "SystemExit(3)", "KeyError('k')", "BaseException('base')", "StopIteration()"])
+def test_a_cell_that_raises_on_all_ranks_is_one_error(cluster, kind):
+    cluster.execute("kept = rank")
+    with pytest.raises(wb.RankFailed) as caught:
+        cluster.execute(f"def f():\n    raise {kind}\nf()")
+    text, name = str(caught.value), kind.partition("(")[0]
+    assert re.match(rf"rank [0-3] of 4 failed in cell \d+: {name}", text)
+    assert len(re.findall(rf"^  rank \d: {name}", text, re.MULTILINE)) == 3
+    assert 'File "<cell ' in text and f"raise {kind}" in text and "/workbench/" not in text
+    assert cluster.pull("kept") == [0, 1, 2, 3] and cluster.run(world_sum) == [6.0] * 4
+
+
+def test_an_error_of_a_class_that_only_the_rank_knows_and_whose_text_fails(cluster):
+    with pytest.raises(wb.RankFailed, match=r"Odd: \(its text cannot be made: ZeroDivisionError"):
+        cluster.execute("class Odd(Exception):\n    def __str__(self):\n        return str(1 / 0)\nraise Odd", ranks=1)
+
+
+def test_a_syntax_error_inside_a_rank_is_its_own(cluster):
+    with pytest.raises(wb.RankFailed, match="SyntaxError"):
+        cluster.execute("eval('1 +')", ranks=0)
+
+
+def test_a_failed_cell_shows_its_text_in_place_of_the_drivers_stack(cluster):
+    with pytest.raises(wb.RankFailed) as caught:
+        cluster.execute("1 / 0", ranks=2)
+    (shown,) = caught.value._render_traceback_()
+    assert shown.startswith("RankFailed: rank 2 of 4 failed in cell") and shown.endswith("ZeroDivisionError: division by zero")
+    assert caught.value.rank == 2 and caught.value.world_size == 4 and "ZeroDivisionError" in caught.value.rank_traceback
+
+
+def test_a_handle_waits_tells_and_cancels(cluster):
+    handle = cluster.execute("import time; time.sleep(600)", block=False)
+    assert repr(handle) == f"<cell {handle.number}: running>" and not handle.done()
+    with pytest.raises(TimeoutError, match=rf"cell {handle.number} still runs after 0.1 s; cancel\(\) stops it"):
+        handle.result(timeout_s=0.1)
+    with pytest.raises(wb.ClusterBusy, match=rf"cell {handle.number} still runs on ranks \[0, 1, 2, 3\]\nwait for its handle's result\(\)"):
+        cluster.push({"x": 1})
+    assert "cell" in repr(cluster) and all(s.state == "running" for s in cluster.status())
+    handle.cancel()
+    with pytest.raises(wb.RankInterrupted, match="was interrupted"):
+        handle.result(timeout_s=10)
+    handle.cancel()
+    assert handle.done() and all(s.state == "idle" for s in cluster.status())
+
+
+def test_layouts_choose_ranks_and_groups(cluster):
+    cluster.use(wb.Layout(world_size=4, tp=2, dp=2))
+    try:
+        assert cluster.run(lambda: wb.current().rank, ranks="tp=0") == [0, 2]
+        assert cluster.run(lambda: wb.current().rank, ranks="dp=1,tp=1") == [3]
+        result = cluster.execute(
+            "x = torch.ones(1) * rank\nis_used = wb.current().layout == wb.Layout(world_size=4, tp=2, dp=2)\n"
+            "(groups['tp'].all_reduce(x).item(), groups['tp'].ranks, is_used)"
+        )
+        assert [result[r].result_text for r in (0, 3)] == ["(1.0, (0, 1), True)", "(5.0, (2, 3), True)"]
+    finally:
+        cluster.use(wb.Layout(world_size=4))
+
+
+def test_accelerate_prepares_trains_and_gathers():
+    def train():
+        import torch
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=True)
+        model, optimizer = torch.nn.Linear(2, 1), None
+        torch.nn.init.ones_(model.weight)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        loss = model(torch.full((1, 2), float(accelerator.process_index))).sum()
+        accelerator.backward(loss)
+        grad = accelerator.unwrap_model(model).weight.grad.tolist()
+        optimizer.step()
+        return grad, accelerator.gather(torch.tensor([accelerator.process_index])).tolist()
+
+    with wb.launch(2) as cluster:
+        assert cluster.run(train) == [([[0.5, 0.5]], [0, 1])] * 2  # DDP's mean of the gradients 0 and 1
+
+
+def test_object_collectives_of_torch(cluster):
+    result = cluster.execute(
+        "objects = [None] * 4\ndist.all_gather_object(objects, {'rank': rank})\n"
+        "told = ['from 1', [1, 2]] if rank == 1 else [None, None]\ndist.broadcast_object_list(told, src=1)\n"
+        "mine = [None]\ndist.scatter_object_list(mine, list('abcd') if rank == 0 else None, src=0)\n"
+        "([o['rank'] for o in objects], told, mine)"
+    )
+    assert [result[r].result_text for r in range(4)] == [f"([0, 1, 2, 3], ['from 1', [1, 2]], ['{c}'])" for c in "abcd"]
+
+
+def test_a_ledger_of_collectives(cluster):
+    cluster.execute(
+        "x = torch.ones(256)\nfor _ in range(3):\n    dist.all_reduce(x)\n"
+        "if rank == 0:\n    dist.send(x, 1)\nif rank == 1:\n    dist.recv(x)"
+    )
+    frame = cluster.ledger()
+    last = frame[frame.cell == frame.cell.max()]
+    assert (last[last.op == "all_reduce"].groupby("rank").size() == 3).all() and len(last) == 14
+    assert set(last[last.op == "all_reduce"].line) == {3} and set(last.num_bytes) == {1024}
+    assert (last.wait_s >= 0).all() and (last.duration_s >= last.wait_s).all()
+    assert sorted(last[last.op.isin(["send", "recv_any"])].group) == ["0 to 1 in world", "any to 1 in world"]
+
+
+def test_a_trace_for_perfetto(cluster, tmp_path):
+    import json
+
+    cluster.run(world_sum)
+    events = json.loads(cluster.to_perfetto(tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {f"rank {r}" for r in range(4)}
+    assert {"all_reduce", "wait"} <= {e["name"] for e in events if e["ph"] == "X"} and min(e["ts"] for e in events if "ts" in e) == 0
+
+
+def test_a_mark_is_kept_with_its_time(cluster):
+    before = time.monotonic()
+    cluster.mark("driver")
+    cluster.execute("wb.current().mark('rank')", ranks=1)
+    (first_s, first), (second_s, second) = cluster.marks[-2:]
+    assert (first, second) == ("driver", "rank") and before <= first_s <= second_s <= time.monotonic()

@@ -1,0 +1,354 @@
+"""Cells that can never end, that disagree, that are stopped: told in words, ranks freed, names kept, the group standing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+import workbench as wb
+from workbench.ranks.cluster import Cluster
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with wb.launch(4) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def all_is_well_afterwards(request):
+    """After each test on the shared cluster: every name is there and the world works."""
+    yield
+    if "cluster" in request.fixturenames:
+        assert_well(request.getfixturevalue("cluster"))
+
+
+def assert_well(cluster: Cluster) -> None:
+    cluster.execute("kept = rank", ranks=0)
+    result = cluster.execute("t = torch.ones(2) * rank; dist.all_reduce(t); t.tolist()", timeout_s=20)
+    whole = float(sum(range(cluster.world_size)))
+    assert {result[r].result_text for r in result} == {f"[{whole}, {whole}]"}
+
+
+def stopped(cluster: Cluster, source: str, kind: type[wb.RankError], *, within_s: float = 3.0, **options: Any) -> str:
+    started = time.monotonic()
+    with pytest.raises(kind) as caught:
+        cluster.execute(source, **{"timeout_s": 30, **options})
+    assert type(caught.value) is kind, caught.value
+    assert time.monotonic() - started < within_s
+    return str(caught.value)
+
+
+ASYNC = "if rank != 2:\n    w = dist.all_reduce(torch.ones(1), async_op=True)\n    w.wait()"
+
+
+@pytest.mark.parametrize(
+    "source, waiting, absent",
+    [
+        ("x = torch.ones(1)\nif rank != 2:\n    dist.barrier()", "ranks 0, 1, 3 wait in barrier (line 3)", "rank 2"),
+        (ASYNC, "ranks 0, 1, 3 wait in all_reduce (line 2)", "rank 2"),
+        ("if rank == 1:\n    dist.recv(torch.ones(1), 3)", "rank 1 waits in recv (line 2)", "rank 3"),
+        ("if rank == 1:\n    dist.irecv(torch.ones(1), 3).wait()", "rank 1 waits in recv (line 2)", "rank 3"),
+        ("if rank == 1:\n    dist.recv(torch.ones(1))", "rank 1 waits in recv_any (line 2)", "ranks 0, 2, 3"),
+        ("if rank == 1:\n    dist.send(torch.ones(9), 3)", "rank 1 waits in send (line 2)", "rank 3"),
+        ("if rank == 1:\n    dist.isend(torch.ones(9), 3).wait()", "rank 1 waits in send (line 2)", "rank 3"),
+        ("if rank != 2:\n    dist.new_group([0, 1])", "ranks 0, 1, 3 wait in new_group (line 2)", "rank 2"),
+        ("if rank != 2:\n    group.barrier()", "ranks 0, 1, 3 wait in all_gather_into_tensor (line 2)", "rank 2"),
+        ("if rank < 1:\n    o = [None] * 4\n    dist.all_gather_object(o, 1)", "rank 0 waits in all_gather (line 3)", "ranks 1, 2, 3"),
+    ],
+)
+def test_a_wait_that_can_never_end_is_told_in_one_sentence(cluster, source, waiting, absent):
+    text = stopped(cluster, source, wb.RankDeadlock)
+    assert f"could never end: {waiting}; {absent} finished the cell without it" in text
+    assert "every rank of a group must reach each of its collectives; all ranks were freed" in text
+
+
+def test_ranks_that_wait_for_each_other_in_two_groups_are_told_where(cluster):
+    cluster.execute("a, b = dist.new_group([0, 1]), dist.new_group([0, 1])")
+    source = "x = torch.ones(1)\nif rank == 0: dist.all_reduce(x, group=a)\nif rank == 1: dist.all_reduce(x, group=b)"
+    text = stopped(cluster, source, wb.RankTimeout, timeout_s=1)
+    assert "rank 1 waits in all_reduce #1" in text and "rank 0 waits in all_reduce #1" in text
+
+
+def test_a_member_outside_the_cell_is_told(cluster):
+    text = stopped(cluster, "dist.barrier()", wb.RankDeadlock, ranks="0-2")
+    assert "ranks 0, 1, 2 wait in barrier (line 1); rank 3 does not take part in this cell" in text
+
+
+def test_a_dead_member_is_told():
+    with wb.launch(3) as cluster:
+        cluster.kill(2)
+        assert "rank 2 is dead (SIGKILL)" in stopped(cluster, "dist.barrier()", wb.RankDeadlock, ranks=[0, 1])
+
+
+def test_groups_without_all_ranks_are_no_deadlock(cluster):
+    result = cluster.execute(
+        "g = dist.new_group([0, 2])\nx = torch.ones(1)\nif rank in (0, 2):\n    for _ in range(50): dist.all_reduce(x, group=g)\n"
+        "    dist.barrier(group=g)\nx.item()"
+    )
+    assert [result[r].result_text == "1.0" for r in range(4)] == [False, True, False, True]
+
+
+def test_a_subgroup_that_loses_a_member_is_told_by_its_name(cluster):
+    cluster.execute("pair = dist.new_group([1, 3], group_desc='pair')")
+    text = stopped(cluster, "import time\nif rank == 1: dist.barrier(group=pair)\nif rank == 0: time.sleep(30)", wb.RankDeadlock)
+    assert "rank 1 waits in barrier (line 2); rank 3 finished the cell without it" in text and "of group 'pair'" in text
+
+
+MISMATCHES = {
+    "dist.all_reduce(torch.ones(3 + (rank == 2)))": "all_reduce(float32[4], op=sum)",
+    "dist.all_reduce(torch.ones(3, dtype=torch.float64 if rank == 2 else torch.float32))": "all_reduce(float64[3], op=sum)",
+    "dist.all_reduce(torch.ones(3), op=dist.ReduceOp.MAX if rank == 2 else dist.ReduceOp.SUM)": "all_reduce(float32[3], op=max)",
+    "dist.reduce(torch.ones(3), dst=int(rank == 2))": "reduce(float32[3], op=sum, root=1)",
+    "dist.new_group([0, 1 + (rank == 2)])": "new_group(ranks=[0, 2])",
+}
+
+
+@pytest.mark.parametrize("source, odd", MISMATCHES.items())
+def test_a_mismatch_shows_the_odd_rank_first(cluster, source, odd):
+    text = stopped(cluster, f"\n{source}", wb.CollectiveMismatch)
+    table = [line for line in text.splitlines() if line.startswith("  rank")]
+    assert table[0] == f"  {'rank 2':<20} {odd}" and table[1].startswith("  ranks ")
+    assert "with different operations: rank 2 called" in text and "every rank of a group must make the same calls in the same order" in text
+
+
+def test_a_mismatch_of_an_asynchronous_call_is_told(cluster):
+    source = "dist.all_reduce(torch.ones(3), async_op=True).wait() if rank == 2 else dist.barrier()"
+    text = stopped(cluster, source, wb.CollectiveMismatch)
+    assert "  rank 2               all_reduce(float32[3], op=sum)" in text and "barrier()" in text
+
+
+def test_asynchronous_and_point_to_point_calls_work(cluster):
+    result = cluster.execute(
+        "x, y = torch.ones(4) * rank, torch.empty(4)\nworks = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(20)]\n"
+        "ops = [dist.P2POp(dist.isend, x, (rank + 1) % 4), dist.P2POp(dist.irecv, y, (rank - 1) % 4)]\n"
+        "for w in dist.batch_isend_irecv(ops): w.wait()\nfor w in works: w.wait()\n"
+        "source = dist.recv(torch.empty(1)) if rank == 0 else (dist.send(torch.ones(1), 0) if rank == 3 else None)\n"
+        "z = torch.empty(4); r = dist.irecv(z, (rank - 1) % 4); s = dist.isend(x, (rank + 1) % 4); r.wait(); s.wait()\n"
+        "(y[0].item(), z[0].item(), source)"
+    )
+    assert [result[r].result_text for r in range(4)] == ["(3.0, 3.0, 3)", "(0.0, 0.0, None)", "(1.0, 1.0, None)", "(2.0, 2.0, None)"]
+
+
+def test_ranks_far_apart_are_no_deadlock(cluster):
+    cluster.execute(
+        "import time\nif rank == 0:\n    time.sleep(1)\n    dist.send(torch.ones(200_000), 1)\n"
+        "if rank == 1:\n    dist.recv(torch.empty(200_000))\n"
+        "if rank == 2:\n    w = dist.isend(torch.ones(500_000), 3); w.wait()\n"
+        "if rank == 3:\n    time.sleep(1)\n    dist.recv(torch.empty(500_000), 2)"
+    )
+
+
+HANG = (
+    "import time\nif rank == 0: dist.barrier()\nelif rank == 1: time.sleep(600)\n"
+    "elif rank == 2:\n    while True: pass\nelse: dist.irecv(torch.ones(1), 1).wait()"
+)
+
+
+def test_a_timeout_ends_what_ranks_do_and_keeps_names(cluster):
+    cluster.execute("kept = rank + 10")
+    text = stopped(cluster, HANG, wb.RankTimeout, timeout_s=1, within_s=4)
+    assert "was stopped after 1 s (timeout_s)" in text and "rank 0 waits in barrier (line 2)" in text
+    assert "rank 1 has not come, line 3: elif rank == 1: time.sleep(600)" in text
+    assert "give a larger timeout_s if it only needs longer" in text
+    assert cluster.pull("kept") == [10, 11, 12, 13]
+
+
+def test_interrupting_frees_every_rank_and_tells_who_waited(cluster):
+    cluster.execute("kept = rank + 20")
+    handle = cluster.execute(HANG, block=False)
+    time.sleep(0.5)
+    started = time.monotonic()
+    cluster.interrupt()
+    with pytest.raises(wb.RankInterrupted, match="was interrupted: rank"):
+        handle.result(timeout_s=10)
+    assert time.monotonic() - started < 2
+    assert cluster.last_diagnosis is not None and sorted(cluster.last_diagnosis.waiting) == [0, 3]
+    assert cluster.pull("kept") == [20, 21, 22, 23]
+
+
+def test_a_diagnosis_of_a_cell_that_runs(cluster):
+    handle = cluster.execute(HANG, block=False)
+    time.sleep(0.7)
+    diagnosis = cluster.diagnose()
+    assert sorted(diagnosis.waiting) == [0, 3] and diagnosis.waiting[0].op == "barrier" and diagnosis.waiting[0].for_s > 0.1
+    assert diagnosis.missing[2].where == "line 5: while True: pass" and not diagnosis.is_certain_deadlock
+    assert "waits in" in cluster._repr_html_() and cluster.status()[0].waits_in.startswith("barrier #")
+    handle.cancel()
+    with pytest.raises(wb.RankInterrupted):
+        handle.result(timeout_s=10)
+
+
+SWALLOW = (
+    "import time\nend = time.monotonic() + 60\nwhile time.monotonic() < end:\n"
+    "    try:\n        time.sleep(0.1)\n    except KeyboardInterrupt:\n        pass"
+)
+
+
+def test_a_rank_that_swallows_the_stop_is_killed_started_afresh_and_told():
+    with wb.launch(3) as cluster:
+        cluster.use(wb.Layout(world_size=3, tp=3))
+        cluster.execute("kept = rank")
+        pids = [cluster.pid(r) for r in range(3)]
+        source = "\n".join(["if rank == 1:", *("    " + line for line in SWALLOW.splitlines()), "dist.barrier()"])
+        text = stopped(cluster, source, wb.RankTimeout, timeout_s=0.5, within_s=9)
+        assert "the other ranks were freed and keep their names" in text
+        assert "rank 1 did not heed the stop for 5 s" in text and "it was killed and started afresh, empty" in text
+        assert [cluster.pid(r) == pids[r] for r in range(3)] == [True, False, True]
+        assert cluster.generation == 1 and cluster.pull("kept", ranks="0,2") == [0, 2]
+        result = cluster.execute("x = torch.ones(1); (groups['tp'].all_reduce(x).item(), 'kept' in globals())")
+        assert [result[r].result_text for r in range(3)] == ["(3.0, True)", "(3.0, False)", "(3.0, True)"]
+        assert_well(cluster)
+
+
+def test_a_second_interrupt_kills_what_did_not_heed_the_first():
+    with wb.launch(2) as cluster:
+        cluster.execute("kept = 1")
+        handle = cluster.execute(SWALLOW, ranks=0, block=False)
+        time.sleep(0.3)
+        started = time.monotonic()
+        cluster.interrupt()
+        time.sleep(0.7)
+        assert not handle.done()
+        cluster.interrupt()
+        with pytest.raises(wb.RankInterrupted, match="rank 0 did not heed the stop for 5 s or was stopped twice"):
+            handle.result(timeout_s=10)
+        assert time.monotonic() - started < 4
+        assert cluster.pull("kept", ranks=1) == [1]
+        assert_well(cluster)
+
+
+def test_a_c_call_that_never_returns_is_killed_and_the_others_keep_their_names():
+    with wb.launch(2) as cluster:
+        cluster.execute("kept = rank")
+        cell = "if rank: sum(range(10**13))  # keeps the interpreter's lock and looks at no signal\ndist.barrier()"
+        text = stopped(cluster, cell, wb.RankTimeout, timeout_s=0.3, within_s=9)
+        assert "rank 1 did not heed the stop" in text and cluster.pull("kept", ranks=0) == [0]
+        assert_well(cluster)
+
+
+CONTROL_C = """
+import workbench as wb
+with wb.launch(2) as cluster:
+    cluster.execute("kept = rank")
+    try:
+        print("go", flush=True)
+        cluster.execute("import time\\nif rank: time.sleep(600)\\ndist.barrier()")
+    except KeyboardInterrupt:
+        result = cluster.execute("group.all_gather(torch.ones(1)).sum().item()")
+        print("stopped", cluster.pull("kept"), result[0].result_text)
+"""
+
+
+def test_control_c_in_the_driver_stops_the_cell_on_the_ranks():
+    driver = subprocess.Popen([sys.executable, "-c", CONTROL_C], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert driver.stdout is not None and driver.stdout.readline() == "go\n"
+    time.sleep(0.7)
+    os.kill(driver.pid, signal.SIGINT)
+    out, err = driver.communicate(timeout=30)
+    assert out == "stopped [0, 1] 2.0\n", err
+    assert "cell 2 interrupted; ranks free after 0." in err and "rank 0 waits in barrier" in err and "line 2" in err
+
+
+OWN = (
+    "old = dist.new_group([0, 1], group_desc='old')\nmodel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))\n"
+    "model(torch.ones(1, 2)).sum().backward()"
+)
+
+
+def test_what_was_made_before_a_harmless_stop_stays_valid():
+    with wb.launch(2) as cluster:
+        cluster.execute(OWN)
+        stopped(cluster, "if rank == 0: dist.barrier()", wb.RankDeadlock)
+        stopped(cluster, "if rank == 0: dist.new_group([0, 1])", wb.RankDeadlock)
+        stopped(cluster, "import time; time.sleep(60)", wb.RankTimeout, timeout_s=0.2)
+        cluster.execute("dist.all_reduce(torch.ones(1), group=old)\nmodel(torch.ones(1, 2)).sum().backward()\ndist.new_group([0, 1])")
+        assert cluster.generation == 0
+
+
+def test_what_was_made_before_a_stop_inside_gloo_says_that_it_is_stale():
+    with wb.launch(2, check_collectives=False) as cluster:
+        cluster.use(wb.Layout(world_size=2, tp=2))
+        cluster.execute(OWN + "\nmine = wb.Group.create([0, 1], 'mine')\nkept = rank")
+        text = stopped(cluster, "import time\nif rank == 0: dist.barrier()\nelse: time.sleep(60)", wb.RankTimeout, timeout_s=0.5)
+        assert "the stop closed gloo connections: the ranks now form generation 1" in text
+        for cell, rebuild in {
+            "dist.all_reduce(torch.ones(1), group=old)": "dist.new_group(...) for a group of your own",
+            "model(torch.ones(1, 2)).sum().backward()": "DistributedDataParallel(model.module)",
+            "mine.barrier()": "form it again with Group.create",
+        }.items():
+            with pytest.raises(wb.RankFailed) as caught:
+                cluster.execute(cell, timeout_s=10)
+            assert "StaleGroupError" in str(caught.value) and rebuild in str(caught.value), caught.value
+        assert cluster.pull("kept") == [0, 1]
+        result = cluster.execute("groups['tp'].barrier(); group.barrier(); groups['tp'].world_size")
+        assert result[0].result_text == "2" and cluster.generation == 1
+        cluster.execute("model = torch.nn.parallel.DistributedDataParallel(model.module)\nmodel(torch.ones(1, 2)).sum().backward()")
+        assert_well(cluster)
+
+
+def test_a_failure_beside_ranks_inside_gloo_is_the_failure():
+    with wb.launch(3, check_collectives=False) as cluster:
+        text = stopped(cluster, "if rank == 1: raise ValueError('bad prompt')\ndist.all_reduce(torch.ones(1))", wb.RankFailed, within_s=5)
+        assert text.startswith("rank 1 of 3 failed in cell 1: ValueError: bad prompt") and "ranks 0, 2 were freed" in text
+        assert_well(cluster)
+
+
+def test_an_interrupt_beside_ranks_inside_gloo_is_an_interrupt():
+    with wb.launch(4, check_collectives=False) as cluster:
+        for _ in range(3):
+            handle = cluster.execute("import time\nif rank == 1: time.sleep(60)\ndist.all_reduce(torch.ones(1))", block=False)
+            time.sleep(0.3)
+            cluster.interrupt()
+            with pytest.raises(wb.RankInterrupted):
+                handle.result(timeout_s=10)
+            assert_well(cluster)
+
+
+def test_many_groups_and_many_stops_hold_no_descriptors():
+    def num_descriptors():
+        import gc
+        import os
+        import threading
+
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), threading.active_count()
+
+    with wb.launch(3, check_collectives=False) as cluster:
+        hang = "if rank == 0: dist.barrier()\nelse:\n    import time; time.sleep(60)"
+        stopped(cluster, hang, wb.RankTimeout, timeout_s=0.2)
+        before = cluster.run(num_descriptors)
+        for _ in range(3):
+            stopped(cluster, hang, wb.RankTimeout, timeout_s=0.2)
+        cluster.execute(
+            "for _ in range(20):\n    g = dist.new_group([0, 1, 2]); dist.barrier(group=g); dist.destroy_process_group(g)\ndel g"
+        )
+        after = cluster.run(num_descriptors)
+        assert all(a[0] <= b[0] + 2 and a[1] <= b[1] + 2 for a, b in zip(after, before, strict=True)), (before, after)
+
+
+def test_interrupts_at_random_moments_lose_nothing():
+    import random
+
+    draw = random.Random(0)
+    cell = (
+        "for i in range(100000):\n    dist.all_reduce(torch.ones(10))\n"
+        "    w = dist.all_reduce(torch.ones(10), async_op=True); w.wait()\n    kept = i"
+    )
+    with wb.launch(3) as cluster:
+        for _ in range(12):
+            handle = cluster.execute(cell, block=False)
+            time.sleep(0.02 + draw.random() * 0.1)
+            started = time.monotonic()
+            threading.Thread(target=cluster.interrupt).start()
+            with pytest.raises(wb.RankInterrupted):
+                handle.result(timeout_s=10)
+            assert time.monotonic() - started < 3
+            assert_well(cluster)
