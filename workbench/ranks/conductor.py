@@ -184,12 +184,8 @@ class Conductor:
             self._send(self.links[rank], Rebuild(generation=generation))
 
     def _begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None) -> None:
-        for link in self.links:
-            if not link.is_dead:
-                self._drain(link)
-                link.out.take(), link.err.take()  # written between cells, by threads or processes that a cell left behind
         self._stop_stage, self._seen = set(), {}
-        self.active = cell
+        self.active = cell  # what threads or processes of an earlier cell wrote meanwhile comes with this one
         for rank in cell.members:
             if self.links[rank].is_dead:
                 self._died(self.links[rank], self.links[rank].exit_status or 0)

@@ -6,6 +6,7 @@ Knows outputs and errors of one cell. Does not know how ranks are reached.
 from __future__ import annotations
 
 import html
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +153,16 @@ class ActiveCell:
             seconds=done.ended_s - done.started_s if done else 0.0,
         )
 
+    def print_output(self) -> None:
+        """Print what the ranks wrote, once, where nobody else shows it."""
+        texts, self.stdout, self.stderr = (self.stdout, self.stderr), {}, {}
+        if self.on_output is not None:
+            return
+        for by_rank, stream in zip(texts, (sys.stdout, sys.stderr), strict=True):
+            lines = [f"[rank {rank}] {line}" for rank, text in sorted(by_rank.items()) for line in text.splitlines()]
+            if lines:
+                print(*lines, sep="\n", file=stream)
+
     def returned(self) -> list[Any]:
         """The values of the members, in rank order."""
         return [None if (packed := self.values.get(rank)) is None else unpack(packed) for rank in self.members]
@@ -240,6 +251,8 @@ class CellHandle:
         if not self._cell.finished.wait(timeout_s):
             raise TimeoutError(f"{self._cell.name} still runs after {timeout_s} s; cancel() stops it")
         error = self._cell.error()
+        if error is not None or self._cell.task is not Task.SOURCE:
+            self._cell.print_output()
         if error is not None:
             raise error
         return self._cell.result() if self._cell.task is Task.SOURCE else self._cell.returned()

@@ -12,6 +12,7 @@ from collections.abc import Callable
 __all__ = ["OutputPipe"]
 
 _PIECE = 1 << 16
+_CRASH_FRAMES = 6
 
 
 class OutputPipe:
@@ -52,7 +53,13 @@ class OutputPipe:
         return data.decode(errors="replace")
 
     def last_lines(self, count: int = 5) -> str:
-        return "\n".join(self.tail.decode(errors="replace").splitlines()[-count:])
+        """The end of it; of a crash in native code what came before, its name and the innermost frames of the thread that crashed."""
+        lines = self.tail.decode(errors="replace").splitlines()
+        fatal = next((i for i, line in enumerate(lines) if line.startswith("Fatal Python error")), None)
+        if fatal is None:
+            return "\n".join(lines[-count:])
+        here = next((i for i, line in enumerate(lines) if i > fatal and line.startswith("Current thread")), fatal)
+        return "\n".join([*lines[max(0, fatal - count) : fatal + 1], *lines[here + 1 : here + 1 + _CRASH_FRAMES]])
 
     def close(self) -> None:
         self.hand_over()
