@@ -97,6 +97,33 @@ def test_code_that_changed_diverges_with_both_values(cluster, tmp_path):
     assert "diverged at collective 1" in told and "line 2" in told and "float32[4]" in told and "float32[3]" in told
 
 
+def test_values_that_changed_diverge_with_both_values(cluster, tmp_path):
+    (tmp_path / "value.txt").write_text("0.5")
+    with cluster.record(tmp_path / "tape"):
+        read = f"import pathlib; v = float(pathlib.Path({str(tmp_path / 'value.txt')!r}).read_text())"
+        cluster.execute(f"{read}\nx = torch.ones(4)\nx[2] = v\ndist.all_reduce(x)")
+    (tmp_path / "value.txt").write_text("0.25")
+    with pytest.raises(wb.ReplayError) as caught:
+        wb.replay(tmp_path / "tape", rank=1)
+    told = str(caught.value)
+    assert "line 4" in told and "element 2 of tensor 0 is 0.25, on the tape 0.5" in told and "1 of 4 elements differ" in told
+
+
+def test_the_command_replays_and_writes_a_test(cluster, tmp_path, capsys):
+    from workbench.cli import main
+
+    with cluster.record(tmp_path / "tape"):
+        cluster.execute("x = torch.ones(2)\ndist.all_reduce(x)")
+    assert main(["replay", str(tmp_path / "tape"), "--rank", "2"]) == 0
+    told = capsys.readouterr().out
+    assert "line 2: all_reduce(float32[2], op=sum)" in told and "rank 2: 1 collectives replayed" in told
+    assert main(["replay", str(tmp_path / "tape"), "--rank", "2", "--pytest", str(tmp_path / "test_it.py")]) == 0
+    names: dict[str, object] = {}
+    exec((tmp_path / "test_it.py").read_text(), names)
+    names["test_rank_2_replays"]()  # type: ignore[operator]
+    assert main(["replay", str(tmp_path / "nothing"), "--rank", "0"]) == 1 and "has no tape of rank 0" in capsys.readouterr().err
+
+
 def test_a_tape_survives_the_death_of_its_rank(tmp_path):
     with wb.launch(2) as cluster:
         with cluster.record(tmp_path / "tape"), pytest.raises(wb.RankFailed):

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from workbench.ranks.operations import Operation
+
 __all__ = ["Fault", "FaultHook", "arm", "check_faults", "disarm"]
 
 ACTIONS = ("delay", "kill", "pause", "drop", "corrupt")
@@ -76,8 +78,9 @@ class FaultHook:
         self._counts: Counter[str] = Counter()
         self._corrupting: Fault | None = None
 
-    def before(self, op: str) -> bool:
+    def before(self, operation: Operation, args: tuple[Any, ...]) -> bool:
         """Act; True leaves the call out."""
+        op = operation.name
         self._counts[op] += 1
         self._counts["any"] += 1
         self._corrupting = None

@@ -51,8 +51,8 @@ class Freed(KeyboardInterrupt):
 class Hook(Protocol):
     """Whoever wants to see, or spoil, every collective of this rank: a tape, a fault."""
 
-    def before(self, op: str) -> bool:
-        """Called before a call is posted; True leaves it out on this rank."""
+    def before(self, operation: Operation, args: tuple[Any, ...]) -> bool:
+        """Called before a call is posted, its inputs still whole; True leaves it out on this rank."""
         ...
 
     def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
@@ -222,7 +222,7 @@ class Interceptor:
     def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         frame, calls_from_autograd = user_frame(2)
         call = self._describe(operation, group, args, frame)
-        if any([hook.before(operation.name) for hook in self.hooks]):
+        if any([hook.before(operation, args) for hook in self.hooks]):
             return dropped(name, args)
         is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
         waits = (is_blocking or calls_from_autograd) and bool(call.peers or call.sources)

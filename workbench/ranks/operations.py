@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed.distributed_c10d as c10d
 
-__all__ = ["NEW_GROUP", "OPERATIONS", "Operation", "num_bytes", "remember_reduce_ops", "tensors_in"]
+__all__ = ["NEW_GROUP", "OPERATIONS", "Operation", "inputs_of", "num_bytes", "remember_reduce_ops", "tensors_in"]
 
 _last = (
     threading.local()
@@ -54,6 +54,15 @@ def tensors_in(value: Any) -> Iterable[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from tensors_in(item)
+
+
+def inputs_of(operation: Operation, args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """The tensors whose values this rank gives to a call; [] where it only receives."""
+    if operation.name == "barrier" or operation.name.startswith("recv"):
+        return []
+    if operation.name == "broadcast" and c10d.ProcessGroup.unbox(args[operation.group_at]).rank() != args[2]:
+        return []
+    return list(tensors_in(args[1] if operation.group_at == 2 else args[0]))
 
 
 def _shapes(value: Any) -> str:

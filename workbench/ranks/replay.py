@@ -7,12 +7,13 @@ Plain debuggers work: the code runs in the caller's thread. Knows tapes and torc
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import pickle
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,21 @@ from workbench.ranks.cell import run_source
 from workbench.ranks.channel import Packed, unpack
 from workbench.ranks.current import Current, set_current
 from workbench.ranks.intercept import dropped
-from workbench.ranks.operations import OPERATIONS, Operation, remember_reduce_ops, tensors_in
+from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in
 from workbench.ranks.tape import CellEnd, CellStart, Collective, Outside, TapeReader, TapeStart
 
 __all__ = ["Replayed", "replay"]
+
+
+_TEST = '''"""Rank {rank} run again from its tape; every collective must be given what it was given when it was recorded."""
+
+import workbench as wb
+
+
+def test_rank_{rank}_replays() -> None:
+    replayed = wb.replay({folder!r}, rank={rank})
+    assert not replayed.is_cut_short
+'''
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,10 +250,25 @@ class _Player:
                 f"the replay diverged at collective {self._num_collectives} ({place}): it calls {text}, where the tape has {record.text}\n"
                 "the code, its inputs or its random numbers are not those of the recording"
             )
+        self._compare_inputs(record, inputs_of(operation, args))
         with torch.no_grad():
             for tensor, output in zip(tensors_in(args[0]), record.outputs, strict=True):
                 tensor.copy_(output)
         return dropped(name, args)
+
+    def _compare_inputs(self, record: Collective, given: list[torch.Tensor]) -> None:
+        """What the rank gives must be what it gave, bit for bit."""
+        for number, (now, then) in enumerate(zip(given, record.inputs, strict=True)):
+            differs = _bits(now.detach().cpu()) != _bits(then)
+            if not differs.any():
+                continue
+            first = int(differs.reshape(now.numel(), -1).any(dim=1).nonzero()[0])
+            raise ReplayError(
+                f"the replay diverged at collective {self._num_collectives}, {record.text} (cell {record.cell}, line {record.line}): "
+                f"element {first} of tensor {number} is {now.reshape(-1)[first].item()!r}, on the tape {then.reshape(-1)[first].item()!r}\n"
+                f"{int(differs.reshape(now.numel(), -1).any(dim=1).sum())} of {now.numel()} elements differ\n"
+                "the code, its inputs or its random numbers are not those of the recording"
+            )
 
     def _stop_or_diverge(self, asked: str) -> NoReturn:
         assert self._now is not None
@@ -250,6 +277,11 @@ class _Player:
         raise ReplayError(
             f"the replay diverged in cell {self._now.start.cell}: it asks for {asked}, where the tape has the end of the cell"
         )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, so that NaN equals itself and -0.0 does not equal 0.0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _full_text(operation: Operation, args: tuple[Any, ...]) -> str:
@@ -265,3 +297,26 @@ def _full_text(operation: Operation, args: tuple[Any, ...]) -> str:
 def _value(start: CellStart) -> Any:
     data, *buffers = start.value
     return unpack(Packed(data, tuple(bytearray(b) for b in buffers)))
+
+
+def main(argv: Sequence[str]) -> int:
+    """`workbench replay DIR --rank K [--pytest FILE]`."""
+    parser = argparse.ArgumentParser(prog="workbench replay", description="Run one recorded rank again, alone, in this process.")
+    parser.add_argument("folder", help="what cluster.record was given")
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--pytest", metavar="FILE", help="write a test that replays it")
+    arguments = parser.parse_args(argv)
+    folder = Path(arguments.folder).resolve()
+    if arguments.pytest:
+        TapeReader(folder, arguments.rank)
+        Path(arguments.pytest).write_text(_TEST.format(rank=arguments.rank, folder=str(folder)))
+        print(f"{arguments.pytest} replays rank {arguments.rank} of {folder}")
+        return 0
+    replayed = replay(folder, rank=arguments.rank)
+    for number, call in enumerate(replayed.collectives, start=1):
+        print(f"{number:5d}  cell {call.cell}, line {call.line}: {call.text}")
+    ended = (
+        "the tape ends there: its rank was killed" if replayed.is_cut_short else "every collective gave and was given what the tape says"
+    )
+    print(f"rank {arguments.rank}: {len(replayed.collectives)} collectives replayed; {ended}")
+    return 0

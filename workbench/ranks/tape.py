@@ -3,7 +3,7 @@
     start | cell | collective | collective | outside | cell's end | cell | ...        each a frame: length, checksum, pickle
 
 Every frame is written out as soon as it is complete, so a tape survives a kill -9 of its rank up to the last finished collective. Knows
-frames and tensors. Does not know how a rank runs, nor how a tape is played. """
+frames and tensors. Does not know how a rank runs, nor how a tape is played."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ import torch
 import workbench
 from workbench.errors import ReplayError
 from workbench.ranks.channel import Packed
+from workbench.ranks.operations import Operation, inputs_of
 
 __all__ = [
     "CellEnd",
@@ -76,7 +77,7 @@ class CellStart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
-    """A finished collective or point-to-point call: what was asked, and what the rank's tensors held afterwards.
+    """A finished collective or point-to-point call: what was asked, what the rank gave, and what its tensors held afterwards.
 
     Attributes:
         index: its number by when it was begun; an asynchronous receive is written when it was waited for.
@@ -87,6 +88,7 @@ class Collective:
     op: str
     text: str
     line: int
+    inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
 
 
@@ -141,6 +143,7 @@ class TapeWriter:
         os.write(self._file, _MAGIC)
         self._num_calls = 0
         self._cell = 0
+        self._inputs: tuple[torch.Tensor, ...] = ()
 
     def write(self, record: Any) -> None:
         data = cloudpickle.dumps(record)
@@ -169,17 +172,19 @@ class TapeWriter:
     def outside(self, label: str, value: Any) -> None:
         self.write(Outside(cell=self._cell, label=label, data=cloudpickle.dumps(value)))
 
-    def before(self, op: str) -> bool:
+    def before(self, operation: Operation, args: tuple[Any, ...]) -> bool:
+        """Keep what the rank is about to give: the call may write over it."""
+        self._inputs = tuple(t.detach().cpu().clone() for t in inputs_of(operation, args))
         return False
 
     def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Keep what a call gave, under the number at which it was begun."""
-        cell, index = self._cell, self._num_calls
+        cell, index, inputs = self._cell, self._num_calls, self._inputs
         self._num_calls += 1
 
         def write() -> None:
             outputs = tuple(t.detach().cpu().clone() for t in tensors)
-            self.write(Collective(cell=cell, index=index, op=op, text=text, line=line, outputs=outputs))
+            self.write(Collective(cell=cell, index=index, op=op, text=text, line=line, inputs=inputs, outputs=outputs))
 
         return write
 
