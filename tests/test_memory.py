@@ -84,7 +84,7 @@ def test_readings_that_cost_much_are_rare_and_the_curve_still_moves_at_once(chil
         time.sleep(0.05)
         return read_pss_bytes(pid)
 
-    monkeypatch.setattr("workbench.rollout.memory.read_pss_bytes", costly)
+    monkeypatch.setattr(sys.modules[MemorySampler.__module__], "read_pss_bytes", costly)
     sampler = MemorySampler()
     sampler.watch(child.pid, "engine")
     sampler.sample()
