@@ -18,7 +18,6 @@ __all__ = ["GroupsResult", "Timing", "calls_of_torch", "make_inputs", "measure",
 
 SIZES = (1 << 10, 1 << 20, 1 << 26)
 Pair = tuple[tuple[float, ...], tuple[float, ...]]  # seconds of ours and of torch, a number a call
-_OBJECTS = ("broadcast_object", "all_gather_object", "send_object")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +40,7 @@ class Timing:
     def lines(self) -> list[Line]:
         what = f"{self.operation} of {self.num_bytes:,} bytes, {self.num_ranks} ranks"
         ours, theirs = 1e3 * median(self.ours_s), 1e3 * median(self.torch_s)
-        reach = Reach(limit=1.0) if self.operation in _OBJECTS else Reach(limit=1 / 3) if self.num_bytes >= 1 << 20 else None
+        reach = Reach(limit=1 / 3 if self.operation == "all_gatherv" and self.num_bytes >= 1 << 20 else 1.0)
         lines = [Line(what=what, unit="ms", ours=ours, theirs=theirs, peer="torch object collective", reach=reach)]
         if self.vllm_s:
             lines.append(Line(what=what, unit="ms", ours=ours, theirs=1e3 * median(self.vllm_s), peer="vLLM GroupCoordinator"))

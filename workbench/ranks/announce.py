@@ -2,7 +2,7 @@
 
 An announcement says what the rank calls ("all_gather float32 [2, 3] dim 0") or why it refuses, and one number (rows, bytes). In a
 collective all members exchange theirs; if one refuses, or two differ, every member raises and no data has moved, so the group stays
-usable. Between two ranks the sender's announcement tells the receiver what to make room for.
+usable. Between two ranks the sender's announcement tells the receiver what to make room for. What is small travels along with it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from workbench.errors import GroupError
 
-__all__ = ["NUM_BYTES", "Announcement", "agree", "decode", "encode"]
+__all__ = ["NUM_BYTES", "ROOM_BYTES", "Announcement", "agree", "carrying", "decode", "encode"]
 
-NUM_BYTES = 256
-_HEAD = struct.Struct("<q?B")  # number, is_refusal, length of the text in bytes
-_TEXT_BYTES = NUM_BYTES - _HEAD.size
+NUM_BYTES = 2048
+_HEAD = struct.Struct("<q?BH")  # number, is_refusal, lengths of the text and of the data in bytes
+_TEXT_BYTES = 244
+ROOM_BYTES = NUM_BYTES - _HEAD.size - _TEXT_BYTES  # for data
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +33,18 @@ class Announcement:
     Attributes:
         text: what it calls, or why it refuses.
         number: what only this rank knows: rows or bytes it brings.
+        data: those bytes themselves, uint8 [number], where there is room for them; else None.
     """
 
     text: str
     number: int = 0
     is_refusal: bool = False
+    data: Tensor | None = None
+
+
+def carrying(text: str, data: Tensor) -> Announcement:
+    """An announcement of bytes, uint8 [num_bytes], that brings them along where there is room."""
+    return Announcement(text, data.numel(), data=data if 0 < data.numel() <= ROOM_BYTES else None)
 
 
 def encode(announcement: Announcement) -> Tensor:
@@ -45,16 +53,19 @@ def encode(announcement: Announcement) -> Tensor:
     if len(text) > _TEXT_BYTES:  # what is cut is still compared, by its checksum
         text = text[: _TEXT_BYTES - 24].decode(errors="ignore").encode() + f"... [{zlib.crc32(text):08x}]".encode()
     data = bytearray(NUM_BYTES)
-    _HEAD.pack_into(data, 0, announcement.number, announcement.is_refusal, len(text))
+    carried = b"" if announcement.data is None else announcement.data.numpy().data
+    _HEAD.pack_into(data, 0, announcement.number, announcement.is_refusal, len(text), len(carried))
     data[_HEAD.size : _HEAD.size + len(text)] = text
+    data[NUM_BYTES - ROOM_BYTES : NUM_BYTES - ROOM_BYTES + len(carried)] = carried
     return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def decode(data: Tensor) -> Announcement:
     """The inverse of `encode`, from uint8 [NUM_BYTES]."""
-    raw = data.numpy().tobytes()
-    number, is_refusal, length = _HEAD.unpack_from(raw)
-    return Announcement(raw[_HEAD.size : _HEAD.size + length].decode(errors="replace"), number, is_refusal)
+    raw = data[: NUM_BYTES - ROOM_BYTES].numpy().tobytes()
+    number, is_refusal, length, carried = _HEAD.unpack_from(raw)
+    text = raw[_HEAD.size : _HEAD.size + length].decode(errors="replace")
+    return Announcement(text, number, is_refusal, data[NUM_BYTES - ROOM_BYTES :][:carried] if carried else None)
 
 
 def agree(announcements: Sequence[Announcement], *, ranks: Sequence[int], name: str) -> None:

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from workbench.ranks import arguments, tensor_dict
+from workbench.ranks import announce, arguments, tensor_dict
+from workbench.ranks.announce import Announcement
 from workbench.ranks.point_to_point import PointToPoint
 from workbench.ranks.wire import bytes_of, from_bytes, seal, unseal
 
@@ -87,8 +88,7 @@ class Collectives(PointToPoint):
             sizes: rows of each member, where all know them; each member's own must be true.
         """
         tensors = [input_] if isinstance(input_, Tensor) else list(input_)
-        rows = self._announce(lambda: arguments.ragged(tensors, dim, sizes, self.rank_in_group, self.world_size), always=True)
-        gathered = tensors if self.world_size == 1 else [self._gather_rows(tensor, dim, rows) for tensor in tensors]
+        gathered, _ = self._gather_ragged(tensors, dim, sizes)
         return gathered[0] if isinstance(input_, Tensor) else gathered
 
     def gather(self, input_: Tensor, dst: int = 0, dim: int = -1) -> Tensor | None:
@@ -152,7 +152,7 @@ class Collectives(PointToPoint):
             group: a process group over the same ranks for the tensors.
             metadata_group: one for everything else.
         """
-        packed: list[tensor_dict.Packed] = []
+        packed: list[tensor_dict.Packed] = []  # on the source
 
         def pack() -> tensor_dict.Form:
             packed.append(tensor_dict.pack(tensor_dict_))
@@ -161,11 +161,10 @@ class Collectives(PointToPoint):
         form = self._broadcast_object("broadcast_tensor_dict", pack, None, src, metadata_group or self.process_group)
         if self.world_size == 1:
             return tensor_dict_
-        buffers = packed[0].buffers if packed else form.make_room()
-        for buffer in buffers:
-            if buffer.numel():
-                dist.broadcast(buffer, src=self.ranks[src], group=group or self.process_group)
-        return tensor_dict_ if packed else form.fill(buffers)
+        room = None if packed else form.make_room()
+        for message in packed[0].messages if room is None else room.messages:
+            dist.broadcast(message, src=self.ranks[src], group=group or self.process_group)
+        return tensor_dict_ if room is None else form.fill(room.buffers)
 
     def barrier(self) -> None:
         """Return once every member has called it."""
@@ -177,34 +176,35 @@ class Collectives(PointToPoint):
         """What `pack()` gives on member `src`; that member itself keeps `own`."""
         sealed = torch.empty(0, dtype=torch.uint8)
 
-        def describe() -> tuple[str, int]:
+        def describe() -> Announcement:
             nonlocal sealed
             arguments.member("src", src, self.world_size)
             if self.rank_in_group == src:
                 sealed = seal(pack()) if self.world_size > 1 else sealed
-            return f"{operation} from {src}", sealed.numel()
+            return announce.carrying(f"{operation} from {src}", sealed)
 
-        num_bytes = self._announce(describe, always=True)[src]
+        heard = self._exchange(describe)[src]
         if self.world_size == 1:
             return own
         if self.rank_in_group != src:
-            sealed = torch.empty(num_bytes, dtype=torch.uint8)
-        dist.broadcast(sealed, src=self.ranks[src], group=process_group)
+            sealed = torch.empty(heard.number, dtype=torch.uint8) if heard.data is None else heard.data
+        if heard.data is None:
+            dist.broadcast(sealed, src=self.ranks[src], group=process_group)
         return own if self.rank_in_group == src else unseal(sealed)
 
     def _all_gather_object(self, operation: str, make: Callable[[], Any]) -> list[Any]:
         """The members' `make()`; where it raises, all of them raise."""
         made: list[Any] = []
 
-        def describe() -> tuple[str, int]:
+        def describe() -> Announcement:
             made.append(make())
             made.append(seal(made[0]) if self.world_size > 1 else torch.empty(0, dtype=torch.uint8))
-            return operation, made[1].numel()
+            return announce.carrying(operation, made[1])
 
-        sizes = self._announce(describe, always=True)
+        heard = self._exchange(describe)
         if self.world_size == 1:
             return made[:1]
-        parts = self._gather_bytes(made[1], sizes).split(sizes)
+        parts = self._gather_announced(made[1], heard)
         return [made[0] if place == self.rank_in_group else unseal(part) for place, part in enumerate(parts)]
 
     def _reduced(self, input_: Tensor, op: str) -> Tensor:
@@ -215,6 +215,21 @@ class Collectives(PointToPoint):
         if op == "mean":
             work = work / self.world_size
         return work.to(arguments.reduced_dtype(input_.dtype, op))
+
+    def _gather_announced(self, data: Tensor, heard: Sequence[Announcement]) -> Sequence[Tensor]:
+        """Each member's bytes: those that the announcements brought, where all did."""
+        carried = [a.data for a in heard if a.data is not None]
+        if len(carried) == len(heard):
+            return carried
+        sizes = [a.number for a in heard]
+        parts: Sequence[Tensor] = self._gather_bytes(data, sizes).split(sizes)
+        return parts
+
+    def _gather_ragged(self, tensors: list[Tensor], dim: int, sizes: Sequence[int] | None) -> tuple[list[Tensor], list[int]]:
+        """What all_gatherv gives, and the rows of each member."""
+        heard = self._exchange(lambda: Announcement(*arguments.ragged(tensors, dim, sizes, self.rank_in_group, self.world_size)))
+        rows = [a.number for a in heard]
+        return (tensors if self.world_size == 1 else [self._gather_rows(tensor, dim, rows) for tensor in tensors]), rows
 
     def _gather_rows(self, tensor: Tensor, dim: int, rows: Sequence[int]) -> Tensor:
         """One tensor of all_gatherv: the rows along `dim` of all members."""

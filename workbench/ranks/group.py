@@ -92,8 +92,7 @@ class Group(Collectives):
         """
         group = self._with_tokens(is_sequence_parallel)
         tensors = [hidden_states, topk_weights, topk_ids, *(extra_tensors or [])]
-        group._rows = group._announce(lambda: arguments.ragged(tensors, 0, None, group.rank_in_group, group.world_size), always=True)
-        hidden, weights, ids, *extra = tensors if group.world_size == 1 else [group._gather_rows(t, 0, group._rows) for t in tensors]
+        (hidden, weights, ids, *extra), group._rows = group._gather_ragged(tensors, 0, None)
         return (hidden, weights, ids) if extra_tensors is None else (hidden, weights, ids, extra)
 
     def combine(self, hidden_states: Tensor, is_sequence_parallel: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from workbench.ranks.announce import Announcement
 
 __all__ = ["Members"]
 
-_FEW_BYTES = 1 << 18
+_FEW_BYTES = 1 << 19
 
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name of the same operation
 
@@ -138,10 +138,21 @@ class Members:
     def __reduce__(self) -> Any:
         raise TypeError(f"group {self.name!r} belongs to the process of rank {self.rank}: send group.ranks, and form a group there")
 
-    def _announce(self, describe: Callable[[], tuple[str, int]], *, always: bool = False) -> list[int]:
-        """Tell the peers what this rank does next and hear what they do: the number that each member brings, in group order.
+    def _announce(self, describe: Callable[[], tuple[str, int]]) -> None:
+        """Make sure that all members are about to make the same call: `_exchange`, but nothing when checks are off.
 
-        `describe` checks the arguments and returns the announcement's text and number; when it raises, the peers are told.
+        `describe` gives the announcement's text and number.
+        """
+        if self.checks:
+            self._exchange(lambda: Announcement(*describe()))
+        else:
+            self.process_group  # noqa: B018  raises where this rank is no member or the group is gone
+            describe()
+
+    def _exchange(self, describe: Callable[[], Announcement]) -> list[Announcement]:
+        """Tell the peers what this rank does next and hear what they do, in group order.
+
+        `describe` checks the arguments; when it raises, the peers are told.
 
         Raises:
             ValueError: this rank's arguments are wrong.
@@ -150,10 +161,10 @@ class Members:
         self.process_group  # noqa: B018  raises where this rank is no member or the group is gone
         problem: Exception | None = None
         try:
-            mine = Announcement(*describe())
+            mine = describe()
         except Exception as error:
             problem, mine = error, Announcement(f"{type(error).__name__}: {error}", is_refusal=True)
-        if self.world_size > 1 and (self.checks or always):
+        if self.world_size > 1:
             gathered = self._gather_equal(announce.encode(mine))
             heard = [announce.decode(row) for row in gathered]
         else:
@@ -161,7 +172,7 @@ class Members:
         if problem is not None:
             raise problem
         announce.agree(heard, ranks=self.ranks, name=self.name)
-        return [a.number for a in heard]
+        return heard
 
     def _gather_bytes(self, data: Tensor, sizes: Sequence[int]) -> Tensor:
         """The bytes of all members one after another: uint8 [sum(sizes)], in group order.

@@ -1,7 +1,7 @@
 """Messages from one member of a group to another: an announcement, then what it announces.
 
     sender                          receiver
-    announcement (256 bytes)  --->  makes room
+    announcement (2 KiB)      --->  makes room; what is small comes along
     payload                   --->  takes it whole, then compares with what its caller asked for
 
 The receiver always takes what was announced, so a call that does not fit raises there, and neither the sender nor the next message notices.
@@ -50,7 +50,7 @@ class PointToPoint(Members):
         src = self._peer("src", src, -1)
         announced = self._expect("tensor", src)
         _, form, shape = (announced.text + " ").split(" ")[:3]
-        data = self._take(announced.number, src)
+        data = self._payload(announced, src)
         tensor = from_bytes(data, dtype_of(form), [int(n) for n in shape.split(",") if n])
         if tuple(tensor.shape) != tuple(size) or tensor.dtype != dtype:
             raise ValueError(
@@ -77,7 +77,7 @@ class PointToPoint(Members):
             GroupError: something else than an object came; it is dropped.
         """
         src = self._peer("src", src, -1)
-        return unseal(self._take(self._expect("object", src).number, src))
+        return unseal(self._payload(self._expect("object", src), src))
 
     def send_tensor_dict(
         self,
@@ -142,17 +142,17 @@ class PointToPoint(Members):
         if self.world_size == 1:
             return None, [], []
         src = self._peer("src", src, -1)
-        form: tensor_dict.Form = unseal(self._take(self._expect("tensor_dict", src).number, src))
-        buffers, receiving = form.make_room(), Sending()
-        for buffer in filter(Tensor.numel, buffers):
-            receiving.add(dist.irecv(buffer, src=self.ranks[src], group=self.process_group), buffer)
+        form: tensor_dict.Form = unseal(self._payload(self._expect("tensor_dict", src), src))
+        room, receiving = form.make_room(), Sending()
+        for message in room.messages:
+            receiving.add(dist.irecv(message, src=self.ranks[src], group=self.process_group), message)
         received: dict[Any, Any] = dict(form.items)
         try:
             self._check_pieces(form, all_gather_group)
         except ValueError:
             receiving.wait()
             raise
-        return received, [receiving], [lambda: _complete(received, form, buffers, all_gather_group)]
+        return received, [receiving], [lambda: _complete(received, form, room.buffers, all_gather_group)]
 
     def _check_pieces(self, form: tensor_dict.Form, group: Members | None) -> None:
         for piece in form.tensors:
@@ -169,7 +169,7 @@ class PointToPoint(Members):
         dst = self._peer("dst", dst, 1)
         slices = None if group is None else tensor_dict.Slices(num=group.world_size, place=group.rank_in_group, overrides=overrides)
         packed = tensor_dict.pack(values, slices)
-        return "tensor_dict", [seal(packed.form), *packed.buffers], dst
+        return "tensor_dict", [seal(packed.form), *packed.messages], dst
 
     def _peer(self, what: str, place: int | None, step: int) -> int:
         """The member at the other end: `place`, or the neighbour `step` away."""
@@ -200,16 +200,20 @@ class PointToPoint(Members):
             dist.recv(data, src=self.ranks[src], group=self.process_group)
         return data
 
+    def _payload(self, announced: Announcement, src: int) -> Tensor:
+        """What was announced: brought along, or taken now."""
+        return self._take(announced.number, src) if announced.data is None else announced.data
+
     def _expect(self, expected: str, src: int) -> Announcement:
         """The next announcement of member `src`; what is not expected is taken whole and dropped."""
         announced = announce.decode(self._take(announce.NUM_BYTES, src))
         kind = announced.text.split(" ")[0]
         if kind == expected:
             return announced
-        first = self._take(announced.number, src)
+        first = self._payload(announced, src)
         if kind == "tensor_dict":
-            for form in unseal(first).tensors:
-                self._take(form.num_bytes, src)
+            for message in unseal(first).make_room().messages:
+                self._take(message.numel(), src)
         raise GroupError(
             f"the message from rank {self.ranks[src]} in group {self.name!r} was dropped on rank {self.rank}\n"
             f"it is: {announced.text}; the call waits for: {expected}\n"
@@ -218,8 +222,9 @@ class PointToPoint(Members):
 
 
 def _messages(text: str, payload: list[Tensor]) -> list[Tensor]:
-    """The announcement of the first part of a payload, then its parts; empty ones are not sent."""
-    return [announce.encode(Announcement(text, payload[0].numel())), *filter(Tensor.numel, payload)]
+    """The announcement of the first part of a payload, then what it does not bring along; nothing empty is sent."""
+    first = announce.carrying(text, payload[0])
+    return [announce.encode(first), *filter(Tensor.numel, payload if first.data is None else payload[1:])]
 
 
 def _complete(received: dict[Any, Any], form: tensor_dict.Form, buffers: list[Tensor], group: Any) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import socket
 import time
 from collections import Counter, deque
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Self
 
@@ -27,7 +26,7 @@ from workbench.ranks.wire import seal, unseal
 
 __all__ = ["StatelessGroup", "free_port", "serve_or_join"]
 
-_SLICE_S = 0.2
+_SHORTEST_NAP_S, _LONGEST_NAP_S = 0.0002, 0.01
 _EXPIRED = b"expired"
 
 
@@ -222,16 +221,16 @@ class StatelessGroup:
         return unseal(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
     def _wait_for(self, keys: list[str], timeout_s: float) -> list[int]:
-        """Which of the keys are not there after timeout_s; waits in slices, so that an interrupt gets through."""
-        deadline = time.monotonic() + timeout_s
+        """Which of the keys are not there after timeout_s; asks again and again, as the store's own wait lets no interrupt through."""
+        deadline, nap_s = time.monotonic() + timeout_s, _SHORTEST_NAP_S
         store = self._live()
         try:
             while not store.check(keys):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     return [place for place, key in enumerate(keys) if not store.check([key])]
-                with suppress(dist.DistStoreError):
-                    store.wait(keys, timedelta(seconds=min(_SLICE_S, left_s)))
+                time.sleep(min(nap_s, left_s))
+                nap_s = min(2 * nap_s, _LONGEST_NAP_S)
         except dist.DistNetworkError as error:
             raise GroupError(
                 f"rank {self.rank} of {self.world_size} lost the store at {self.host}:{self.port}\n"

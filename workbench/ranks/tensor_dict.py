@@ -17,7 +17,9 @@ from torch import Tensor
 
 from workbench.ranks.wire import bytes_of, dtype_name, dtype_of, from_bytes
 
-__all__ = ["Form", "Packed", "Slices", "TensorForm", "pack"]
+__all__ = ["Form", "Packed", "Room", "Slices", "TensorForm", "pack"]
+
+_TOGETHER_BYTES = 1 << 22  # up to here a copy costs less than a message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +51,14 @@ class Form:
     def tensors(self) -> list[TensorForm]:
         return [value for _, value in self.items if isinstance(value, TensorForm)]
 
-    def make_room(self) -> list[Tensor]:
-        """A buffer for each tensor, uint8."""
-        return [torch.empty(form.num_bytes, dtype=torch.uint8) for form in self.tensors]
+    def make_room(self) -> Room:
+        """Where the tensors arrive."""
+        sizes = [form.num_bytes for form in self.tensors]
+        if not _go_together(sizes):
+            buffers = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+            return Room(buffers, [buffer for buffer in buffers if buffer.numel()])
+        whole = torch.empty(sum(sizes), dtype=torch.uint8)
+        return Room(list(whole.split(sizes)), [whole])
 
     def fill(self, buffers: Sequence[Tensor]) -> dict[Any, Any]:
         """The dict whose tensors' bytes are in `buffers`."""
@@ -60,11 +67,28 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """Where tensors arrive.
+
+    Attributes:
+        buffers: one for each tensor, uint8.
+        messages: the same memory as it is filled, a message each.
+    """
+
+    buffers: list[Tensor]
+    messages: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Packed:
-    """A dict ready to travel."""
+    """A dict ready to travel.
+
+    Attributes:
+        messages: its tensors' bytes, as `Form.make_room` expects them: what is small together, what is large as it is, without a copy.
+    """
 
     form: Form
-    buffers: list[Tensor]
+    messages: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +117,10 @@ class Slices:
         return self.num if wanted and fits else 1
 
 
+def _go_together(sizes: Sequence[int]) -> bool:
+    return sum(size > 0 for size in sizes) > 1 and sum(sizes) <= _TOGETHER_BYTES
+
+
 def pack(values: dict[Any, Any] | None, slices: Slices | None = None) -> Packed:
     """Take a dict apart.
 
@@ -110,7 +138,8 @@ def pack(values: dict[Any, Any] | None, slices: Slices | None = None) -> Packed:
             buffers.append(data if num == 1 else data.view(num, -1)[slices.place])
             value = TensorForm(dtype=dtype_name(value.dtype), shape=tuple(value.shape), device=value.device.type, num_slices=num)
         items.append((key, value))
-    return Packed(Form(tuple(items)), buffers)
+    is_one = _go_together([buffer.numel() for buffer in buffers])
+    return Packed(Form(tuple(items)), [torch.cat(buffers)] if is_one else [buffer for buffer in buffers if buffer.numel()])
 
 
 def _tensor(form: TensorForm, buffer: Tensor) -> Tensor:

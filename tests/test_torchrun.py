@@ -1,0 +1,60 @@
+"""Our groups in a script under torchrun, without a driver, beside accelerate; and under SLURM's names."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workbench.ranks.stateless import free_port
+
+SCRIPT = """
+import torch, torch.distributed as dist
+import workbench as wb
+from workbench.ranks.forming import form_groups
+
+me = wb.current()
+assert me.world_size == 2 and me.group.all_reduce(torch.ones(1)).item() == 2.0
+groups = form_groups(wb.Layout(2, tp=2))
+assert groups["tp"].all_gather_object(me.rank) == [0, 1] and groups["dp"].world_size == 1
+assert wb.reduce_metrics({"loss": float(me.rank)}) == {"loss": 0.5}
+ACCELERATE
+print(f"rank {me.rank} is well")
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+ACCELERATE = """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2 and accelerator.process_index == me.rank
+assert accelerator.gather(torch.tensor([me.rank])).tolist() == [0, 1]
+assert groups["tp"].all_gatherv(torch.full((me.rank,), 7)).tolist() == [7]
+"""
+
+
+def test_a_script_under_torchrun_attaches_and_stands_beside_accelerate(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("ACCELERATE", ACCELERATE))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 is well" in done.stdout and "rank 1 is well" in done.stdout
+
+
+@pytest.mark.parametrize("names", [("SLURM_PROCID", "SLURM_NTASKS")])
+def test_a_script_under_slurms_names_attaches(tmp_path: Path, names: tuple[str, str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("ACCELERATE", ""))
+    port = str(free_port())
+    processes = []
+    for rank in range(2):
+        env = {**os.environ, names[0]: str(rank), names[1]: "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate(timeout=120) for process in processes]
+    assert all(process.returncode == 0 for process in processes), told
+    assert ["rank 0 is well" in told[0][0], "rank 1 is well" in told[1][0]] == [True, True]
