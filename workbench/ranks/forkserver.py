@@ -15,6 +15,7 @@ import importlib
 import os
 import pickle
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -23,10 +24,11 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Exited", "Spawn", "Spawned", "main", "read_frame", "write_frame"]
+__all__ = ["FOLDER_VARIABLE", "Exited", "Spawn", "Spawned", "main", "read_frame", "write_frame"]
 
 _SIZE = struct.Struct("<Q")
 _MAX_FDS = 16
+FOLDER_VARIABLE = "WORKBENCH_FOLDER"  # names a child's cluster folder, which ends with the driver
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -95,6 +97,7 @@ class _Server:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.children: set[int] = set()
+        self.folders: set[str] = set()  # of clusters whose ranks were started here
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
@@ -129,6 +132,7 @@ class _Server:
             os.close(fd)
         if pid > 0:
             self.children.add(pid)
+            self.folders |= {request.environment[FOLDER_VARIABLE]} if FOLDER_VARIABLE in request.environment else set()
             write_frame(self.sock, Spawned(pid=pid))
 
     def reap(self) -> None:
@@ -144,6 +148,8 @@ class _Server:
             os.kill(pid, signal.SIGKILL)
         for pid in self.children:
             os.waitpid(pid, 0)
+        for folder in self.folders:  # gone already unless the driver was killed
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _child(server: _Server, request: Spawn, fds: list[int]) -> None:

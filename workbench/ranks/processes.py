@@ -20,6 +20,7 @@ from workbench.errors import LaunchError
 from workbench.plan.layout import Layout
 from workbench.ranks.board import Board
 from workbench.ranks.conductor import Conductor
+from workbench.ranks.forkserver import FOLDER_VARIABLE
 from workbench.ranks.link import Link
 from workbench.ranks.servers import ForkServer, describe_exit, fork_server
 
@@ -140,7 +141,7 @@ class Processes:
             "GLOO_SOCKET_IFNAME": "lo",
             "VLLM_HOST_IP": "127.0.0.1",
             "TORCH_FR_BUFFER_SIZE": os.environ.get("TORCH_FR_BUFFER_SIZE", "2000"),
-            "WORKBENCH_FOLDER": self.folder,
+            FOLDER_VARIABLE: self.folder,
         }
         return {**os.environ, **{name: str(value) for name, value in ours.items()}}
 
