@@ -1,22 +1,22 @@
 """What can go wrong, as a tree; every text says what happened, what was seen against what was needed, and what to do.
 
-    WorkbenchError
-    ├── LayoutError (also ValueError)      sizes or groups that do not fit the world
-    ├── LaunchError                        ranks did not start
-    ├── ClusterClosed                      the cluster was closed
-    ├── ClusterBusy                        another cell still runs
-    ├── RankError                          one cell, told by the ranks; carries the diagnosis
-    │   ├── RankFailed                     a rank raised or died; `rank` is the first in time
-    │   ├── CollectiveMismatch             ranks met in one collective with different operations
-    │   ├── RankDeadlock                   a rank waits for one that can never come
-    │   ├── RankTimeout                    the cell outlived its `timeout_s`
-    │   └── RankInterrupted                `interrupt()` ended the cell
-    ├── StaleGroupError                    a group, DDP model or engine of an older generation was used
-    ├── GroupError                         a collective of `Group` or `StatelessGroup` failed
-    ├── ModelError (also ValueError)       a model that is not here, or cannot be made
-    ├── EngineError                        an engine refused, failed or died
-    ├── ReplayError                        a tape is missing, damaged or of another world, or its replay diverged
-    └── RunError                           a run's folder cannot be written or read
+WorkbenchError
+├── LayoutError (also ValueError)      sizes or groups that do not fit the world
+├── LaunchError                        ranks did not start
+├── ClusterClosed                      the cluster was closed
+├── ClusterBusy                        another cell still runs
+├── RankError                          one cell, told by the ranks; carries the diagnosis
+│   ├── RankFailed                     a rank raised or died; `rank` is the first in time
+│   ├── CollectiveMismatch             ranks met in one collective with different operations
+│   ├── RankDeadlock                   a rank waits for one that can never come
+│   ├── RankTimeout                    the cell outlived its `timeout_s`
+│   └── RankInterrupted                `interrupt()` ended the cell
+├── StaleGroupError                    a group, DDP model or engine of an older generation was used
+├── GroupError                         a collective of `Group` or `StatelessGroup` failed
+├── ModelError (also ValueError)       a model that is not here, or cannot be made
+├── EngineError                        an engine refused, failed or died
+├── ReplayError                        a tape is missing, damaged or of another world, or its replay diverged
+└── RunError                           a run's folder cannot be written or read
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class RankError(WorkbenchError):
         signal_name: the signal that ended it ("SIGKILL"), else None.
         rank_traceback: the rank's own traceback, "" where there is none.
         diagnosis: who waited for whom when the cell ended, None where nobody waited.
+        locals: short reprs of the names in the frame that failed, {} where there is none.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class RankError(WorkbenchError):
         self.signal_name = signal_name
         self.rank_traceback = rank_traceback
         self.diagnosis = diagnosis
+        self.locals: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), str(self), dict(self.__dict__))

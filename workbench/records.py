@@ -5,6 +5,7 @@ Times are seconds on the machine's monotonic clock (`time.monotonic()`, the same
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
@@ -359,3 +360,21 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_html_(self) -> str:
+        waits = "".join(
+            f"<tr><td>{w.rank}</td><td>waits in {html.escape(w.op)} #{w.sequence} of {html.escape(w.group)}</td>"
+            f"<td>{w.for_s:.1f} s</td><td>{_place_html(w.line, w.source)}</td></tr>"
+            for w in self.waiting.values()
+        )
+        absent = "".join(
+            f"<tr><td>{a.rank}</td><td><b>{html.escape(a.cause)}</b></td><td></td><td>{html.escape(a.where)}</td></tr>"
+            for a in self.missing.values()
+        )
+        head = "<tr><th>rank</th><th>what it does</th><th>for</th><th>where</th></tr>"
+        table = f"<table>{head}{waits}{absent}</table>" if waits or absent else ""
+        return f"<div>{html.escape(self.sentence or 'no rank waits in a collective')}</div>{table}"
+
+
+def _place_html(line: int, source: str) -> str:
+    return f"line {line}: <code>{html.escape(source)}</code>" if line else ""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import linecache
+import reprlib
+import sys
 import time
 import traceback
 from types import ModuleType, TracebackType
@@ -17,6 +19,8 @@ from workbench.ranks.messages import CellError
 __all__ = ["file_of", "run_source", "tell"]
 
 _PACKAGE = __file__.rpartition("/ranks/")[0] + "/"
+_MOST_NAMES = 40
+_LONGEST_NAME = 200  # characters of a repr in RankFailed.locals
 _LONGEST_RESULT = 20_000  # characters of a result's repr
 
 
@@ -53,6 +57,7 @@ def tell(error: BaseException) -> CellError:
         traceback="".join(traceback.format_exception(type(error), error, _users_part(error.__traceback__))).rstrip(),
         at_s=time.monotonic(),
         is_mismatch=isinstance(error, CollectiveMismatch),
+        names=_names_where(error.__traceback__),
     )
 
 
@@ -61,6 +66,29 @@ def _message(error: BaseException) -> str:
         return str(error)
     except Exception as broken:
         return f"(its text cannot be made: {broken!r})"
+
+
+def _names_where(found: TracebackType | None) -> dict[str, str]:
+    """Names of the frame that failed, the innermost of the user's own code (a library's frame says little), as short reprs."""
+    mine = None
+    step = found
+    while step is not None:
+        name = step.tb_frame.f_code.co_filename
+        if not name.startswith((_PACKAGE, sys.prefix, sys.base_prefix)):
+            mine = step.tb_frame
+        step = step.tb_next
+    if mine is None:
+        return {}
+    shown = {name: value for name, value in mine.f_locals.items() if not name.startswith("__") and not isinstance(value, ModuleType)}
+    return {name: _short_repr(value) for name, value in list(shown.items())[-_MOST_NAMES:]}
+
+
+def _short_repr(value: object) -> str:
+    try:
+        text = reprlib.repr(value) if isinstance(value, (list, tuple, dict, set, str, bytes)) else repr(value)
+    except Exception as broken:
+        return f"<its repr failed: {broken!r}>"
+    return text if len(text) <= _LONGEST_NAME else f"{text[:_LONGEST_NAME]}..."
 
 
 def _users_part(found: TracebackType | None) -> TracebackType | None:

@@ -210,7 +210,9 @@ class ActiveCell:
         if freed:
             lines.append(f"  {name_ranks(freed)} {'was' if len(freed) == 1 else 'were'} freed; names are kept")
         text = "\n".join([*lines, *self.notes, "", error.traceback])
-        return self._make(RankFailed, text, rank=rank, rank_traceback=error.traceback)
+        made = self._make(RankFailed, text, rank=rank, rank_traceback=error.traceback)
+        made.locals = dict(error.names)
+        return made
 
     def _with(self, error: RankError) -> RankError:
         error.diagnosis = self.diagnosis

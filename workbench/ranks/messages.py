@@ -6,7 +6,7 @@ rank -> driver   Ready  GroupFormed  CellDone  Seen  Rebuilt  Mark
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 __all__ = [
@@ -60,13 +60,18 @@ class RunCell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellError:
-    """An exception of a rank as text: it may be of a class that only the rank knows."""
+    """An exception of a rank as text: it may be of a class that only the rank knows.
+
+    Attributes:
+        names: short reprs of the names of the frame that failed.
+    """
 
     kind: str
     message: str
     traceback: str
     at_s: float
     is_mismatch: bool = False
+    names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ Knows its own process. Does not know other ranks but through torch and the board
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import ctypes
 import faulthandler
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from queue import SimpleQueue
 from types import FrameType, ModuleType
@@ -68,6 +70,7 @@ class Rank:
         signal.signal(signal.SIGINT, self._on_interrupt)
         torch.set_num_threads(self.config.num_threads)
         seed_all(self.config.seed + self.config.rank)
+        _refuse_to_ask(self.config.rank)
         self.interceptor.install()
         threading.Thread(target=self._control, name="workbench-control", daemon=True).start()
         self.board.reset(self.config.rank)
@@ -248,6 +251,23 @@ def _look_up(expression: str, names: dict[str, Any]) -> Any:
         return eval(expression, names)
     except NameError as error:
         raise NameError(f"{error} on this rank; an earlier cell must bind it there") from None
+
+
+def _refuse_to_ask(rank: int) -> None:
+    """A rank has no terminal: what would wait for one says what to do instead of hanging or meeting end-of-file."""
+
+    def refuse(what: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError(
+                f"{what} was called on rank {rank}, which has no terminal\n"
+                "to debug it: with cluster.record(dir): run the cell; then wb.replay(dir, "
+                f"rank={rank}) runs this rank alone in the notebook's own process, where {what} works"
+            )
+
+        return call
+
+    sys.breakpointhook = refuse("breakpoint()")
+    builtins.input = refuse("input()")
 
 
 def seed_all(seed: int) -> None:
