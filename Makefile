@@ -45,7 +45,7 @@ bench: ready  ## speed and memory, beside what people use today
 	@$(BIN)/workbench bench
 
 gpu-check:  ## everything that needs a GPU, with the torch and vllm of PYTHON as they are
-	@PYTHONPATH=. $(PYTHON) -m benchmarks.gpu_check
+	@PYTHONPATH=. $(PYTHON) scripts/gpu_check.py
 
 clean:  ## remove what was made here, the environment too
 	@rm -rf "$(VENV)" .workbench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis workbench.egg-info workbench-report.html
