@@ -174,7 +174,7 @@ def test_tensor_dicts_keep_order_values_and_pieces() -> None:
 
 def _dicts(rank: int) -> bool:
     tp, pp = _pairs(rank)
-    values = {"h": torch.arange(8.0).reshape(2, 4), "odd": torch.arange(3), "empty": torch.empty(0, 4), "name": "x"}
+    values: dict[str, Any] = {"h": torch.arange(8.0).reshape(2, 4), "odd": torch.arange(3), "empty": torch.empty(0, 4), "name": "x"}
     values |= {"deep": {"a": [1, torch.ones(1)]}}
     differing = {"mix": torch.full((4,), float(rank)), "own": torch.full((4,), float(rank))}
     if pp.is_first_rank:
@@ -270,6 +270,7 @@ def test_wrong_arguments_are_refused_before_anything_is_sent(checks: bool) -> No
 
 def _wrong_arguments(rank: int, checks: bool) -> list[tuple[str, str]]:
     g, x = Group.create([0, 1], checks=checks), torch.ones(2, 3)
+    numbers: Any = [1]
     calls: list[tuple[str, Callable[[], Any]]] = [
         ("src=2 is outside the group of 2", lambda: g.broadcast(x, src=2)), ("src=-1 is outside", lambda: g.broadcast(x, src=-1)),
         ("dst=-1 is outside", lambda: g.gather(x, dst=-1)), ("dst=True is outside", lambda: g.gather(x, dst=True)),
@@ -293,9 +294,9 @@ def _wrong_arguments(rank: int, checks: bool) -> list[tuple[str, str]]:
         ("op must be one of 'sum'", lambda: g.all_reduce(x, "avg")),
         ("gloo only adds complex numbers", lambda: g.all_reduce(x.to(torch.complex64), "max")),
         ("a mean of int64 is float32: leave inplace out", lambda: g.all_reduce(x.long(), "mean", inplace=True)),
-        ("expected a tensor, got list", lambda: g.all_gather([1])),
+        ("expected a tensor, got list", lambda: g.all_gather(numbers)),
         ("only dense tensors travel", lambda: g.all_gather(x.to_sparse(), dim=0)),
-        ("expected a dict of tensors, got list", lambda: g.broadcast_tensor_dict([], src=rank)),
+        ("expected a dict of tensors, got list", lambda: g.broadcast_tensor_dict(numbers, src=rank)),
         ("3 elements do not divide among 2 ranks", lambda: g.send_tensor_dict({"a": torch.ones(3)}, None, g, {"a": True})),
         ("op must be one of 'sum', 'mean', 'max', 'min'", lambda: reduce_metrics(1, "product", group=g)),
         ("metrics['a'] is a str", lambda: reduce_metrics({"a": "b"}, group=g)),

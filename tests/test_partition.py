@@ -11,6 +11,8 @@ import torch
 
 from workbench.plan.partition import divide, partition_layers, sequence_parallel_tokens, split_tensor
 
+HALF: Any = 0.5
+
 
 @pytest.mark.parametrize(("num_layers", "pp_size", "counts"), [
     (30, 4, [7, 8, 8, 7]), (32, 4, [8, 8, 8, 8]), (31, 4, [8, 8, 8, 7]), (29, 4, [7, 7, 8, 7]), (5, 1, [5]), (7, 2, [4, 3]),
@@ -61,7 +63,7 @@ def test_each_bad_partition_is_told_apart(partition: Any, text: str) -> None:
     (lambda: partition_layers(-1, 2), "num_layers must be a whole number of at least 0\ngot -1"),
     (lambda: divide(7, 2), "7 is not divisible by 2\n3 * 2 leaves 1"),
     (lambda: divide(4, 0), "denominator must be a whole number of at least 1"),
-    (lambda: divide(4.0, 2), "numerator must be a whole number"),
+    (lambda: divide(HALF, 2), "numerator must be a whole number"),
     (lambda: split_tensor(torch.ones(2, 3), 2), "3 is not divisible by 2"), (lambda: split_tensor(torch.tensor(1), 1), "0-dim"),
     (lambda: sequence_parallel_tokens([1], 0), "sp must be"), (lambda: sequence_parallel_tokens([-1], 2), "num_tokens must be"),
 ])  # fmt: skip

@@ -72,7 +72,8 @@ def test_a_barrier_keeps_its_limit_names_the_missing_and_can_go_on() -> None:
 
 
 def _late(rank: int, port: Any) -> Any:
-    group, out = join(rank, port), None
+    group = join(rank, port)
+    out: Any = None
     if rank == 2:
         time.sleep(2.5)
         out = "there"
@@ -117,6 +118,7 @@ def test_groups_over_overlapping_processes_stand_side_by_side() -> None:
 
 def _overlapping(rank: int, port: Any) -> Any:
     everyone = join(rank, port)
+    out: Any = None
     if rank == 0:
         out = everyone.all_gather_obj("a0")
         everyone.recv_obj(1)  # pass the second group's port through the first
@@ -202,4 +204,5 @@ def test_destroy_on_rank_zero_names_who_has_not_left() -> None:
     group = StatelessGroup.create("127.0.0.1", 0, 0, 2)
     with pytest.raises(GroupError, match=r"ranks \[1\] to leave the group"):
         group.destroy(timeout_s=0.2)
+    assert group._store is not None
     StatelessGroup._serving.remove(group._store)
