@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": Command(home="workbench.demo.terminal:main", does="a real rollout over 4 ranks, with tables and a report"),
     "lab": Command(home="workbench.cli:lab", does="JupyterLab on the notebooks, on loopback only"),
     "bench": Command(home="workbench.cli:bench", does="speed and memory, beside what people use today"),
+    "doctor": Command(home="workbench.ranks.doctor:main", does="what was left behind, and whether this machine will do"),
     "replay": Command(home="workbench.ranks.replay:main", does="one recorded rank again, alone; also as a test"),
     "train-tiny": Command(home="workbench.models.recipe:main", does="train the bundled model again"),
     "model-card": Command(home="workbench.models.card:main", does="what the bundled model does, measured"),

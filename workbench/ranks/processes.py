@@ -20,6 +20,7 @@ from workbench.errors import LaunchError
 from workbench.plan.layout import Layout
 from workbench.ranks.board import Board
 from workbench.ranks.conductor import Conductor
+from workbench.ranks.doctor import write_owner
 from workbench.ranks.forkserver import FOLDER_VARIABLE
 from workbench.ranks.link import Link
 from workbench.ranks.servers import ForkServer, describe_exit, fork_server
@@ -63,6 +64,7 @@ class Processes:
         _allow_descriptors(options.world_size * _DESCRIPTORS_PER_RANK + 256)
         preload = PRELOAD if options.start_method == "forkserver" else ()
         self._server: ForkServer = fork_server(preload)  # starts importing while the store is made
+        write_owner(self.folder, [self._server.pid])
         self.store_port, self._store = _start_store()
         self.board = Board.create(options.world_size)
         self.links = [Link(rank) for rank in range(options.world_size)]
