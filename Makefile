@@ -21,7 +21,7 @@ demo: ready  ## a rollout over 4 ranks with a real engine that sleeps, with tabl
 	@$(BIN)/workbench demo
 
 lab: ready  ## JupyterLab on notebooks/, on loopback only
-	@$(BIN)/jupyter lab --ip=127.0.0.1 --notebook-dir=notebooks $(if $(filter 0,$(shell id -u)),--allow-root)
+	@$(BIN)/workbench lab
 
 test: ready  ## the tests
 	@$(BIN)/python -m pytest
