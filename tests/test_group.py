@@ -12,6 +12,7 @@ import torch.distributed as dist
 from worlds import run_world
 
 from workbench.errors import GroupError, StaleGroupError, WorkbenchError
+from workbench.ranks.graph_capture import graph_capture
 from workbench.ranks.group import Group
 from workbench.ranks.metrics import reduce_metrics
 
@@ -322,6 +323,8 @@ def _alone(rank: int) -> None:
     assert g.send_tensor_dict(values) is values and g.recv_tensor_dict() is None and g.broadcast_tensor_dict(values) is values
     assert g.isend_tensor_dict(values) == [] and g.all_reduce(torch.tensor([3]), "mean").dtype is torch.float32
     assert "this rank itself" in told(lambda: g.send(x)) and "invalid dim 5" in told(lambda: g.all_gather(x, dim=5))
+    with graph_capture(g, g) as context:
+        assert (context.stream is None) == (not torch.cuda.is_available())
     assert g.create_mq_broadcaster() is None and reduce_metrics({"a": 1}, group=g) == {"a": 1.0}
     g.barrier()
 

@@ -30,6 +30,7 @@ _HOMES = {
     "workbench.plan.lengths": "LengthStats length_stats",
     "workbench.plan.partition": "divide partition_layers split_tensor",
     "workbench.ranks.faults": "Fault",
+    "workbench.ranks.graph_capture": "graph_capture",
     "workbench.ranks.group": "Group",
     "workbench.ranks.message_queue": "MessageQueue",
     "workbench.ranks.metrics": "reduce_metrics",
