@@ -12,6 +12,7 @@ from worlds import run_world
 
 import workbench as wb
 from workbench.rollout.engine import Origin
+from workbench.rollout.provenance import origins_of
 
 SAMPLING = wb.Sampling(n=2, max_tokens=9, temperature=1.0, seed=5, logprobs=True)
 RAGGED: list[list[Any]] = [["1+1=", [7, 8, 9]], [], [{"prompt": "<image> what", "images": [b"png"]}], ["4+4=", "1+1=", "6+6="]]
@@ -372,3 +373,10 @@ def test_the_environment_chooses_the_way_where_the_caller_does_not(monkeypatch):
     monkeypatch.setenv("WORKBENCH_SCATTER", "mail")
     with pytest.raises(ValueError, match="WORKBENCH_SCATTER='mail'"):
         wb.RootedRollout(None, None)
+
+
+def test_origins_of_offsets_are_told_one_by_one_and_in_slices():
+    origins = origins_of(np.array([0, 2, 2, 3]), (4, 5, 7))
+    expected = [Origin(rank=4, index=0), Origin(rank=4, index=1), Origin(rank=7, index=0)]
+    assert list(origins) == expected and list(origins[1:]) == expected[1:] and len(origins) == 3
+    assert len(origins_of(np.array([0, 0]), (0,))) == 0

@@ -125,7 +125,7 @@ class _Rollout(ABC):
 
     def origins(self, offsets: Offsets) -> list[Origin]:
         """Where each gathered prompt comes from: given to `Engine.generate` by hand, samples are seeded as in `generate`."""
-        return origins_of(offsets, self._exchange.ranks)
+        return list(origins_of(offsets, self._exchange.ranks))
 
     @property
     def _is_generating(self) -> bool:
@@ -197,7 +197,7 @@ class _Rollout(ABC):
             return None
         if metadata is not None and len(metadata) != len(batch):
             raise ValueError(f"metadata has {len(metadata)} entries for {len(batch)} completions\npass one a completion; None is allowed")
-        origins = self.origins(self._check_offsets(offsets))
+        origins = origins_of(self._check_offsets(offsets), self._exchange.ranks)
         check_order(batch, len(origins))
         batch = number_origins(batch, origins)
         sent = self._latest[0].prompts if self._is_latest(offsets) and self._latest else batch.prompts
@@ -232,7 +232,7 @@ class _Rollout(ABC):
         asked = self._latest[1] if self._is_latest(offsets) and self._latest else batch.prompts
         count = int(offsets[exchange.index + 1]) - int(offsets[exchange.index])
         check_order(batch, count)
-        check_provenance(batch, asked, [Origin(rank=exchange.rank, index=i) for i in range(count)])
+        check_provenance(batch, asked, origins_of(np.array([0, count]), (exchange.rank,)))
         return replace(batch, prompts=tuple(asked))
 
     def _is_latest(self, offsets: object) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,18 +17,42 @@ from workbench.records import Prompt, RolloutBatch
 from workbench.rollout.engine import Origin
 from workbench.rollout.requests import prompt_hash
 
-__all__ = ["check_counts", "check_order", "check_provenance", "number_origins", "origins_of", "shorten"]
+__all__ = ["Origins", "check_counts", "check_order", "check_provenance", "number_origins", "origins_of", "shorten"]
 
 
-def origins_of(offsets: NDArray[np.int64], ranks: Sequence[int]) -> list[Origin]:
+class Origins(Sequence[Origin]):
+    """Origins held as arrays: most are only compared, thousands at once.
+
+    Attributes:
+        ranks, indices: int32 [num_prompts].
+    """
+
+    def __init__(self, ranks: NDArray[np.int32], indices: NDArray[np.int32]) -> None:
+        self.ranks, self.indices = ranks, indices
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    @overload
+    def __getitem__(self, at: int) -> Origin: ...
+    @overload
+    def __getitem__(self, at: slice) -> Origins: ...
+    def __getitem__(self, at: int | slice) -> Origin | Origins:
+        if isinstance(at, slice):
+            return Origins(self.ranks[at], self.indices[at])
+        return Origin(rank=int(self.ranks[at]), index=int(self.indices[at]))
+
+
+def origins_of(offsets: NDArray[np.int64], ranks: Sequence[int]) -> Origins:
     """Where each gathered prompt comes from: offsets [0, 2, 3] of ranks (4, 5) give (4, 0), (4, 1), (5, 0).
 
     Args:
         offsets: [num_ranks + 1].
         ranks: world rank of each rank of the group, [num_ranks].
     """
-    counts = np.diff(offsets).tolist()
-    return [Origin(rank=rank, index=i) for rank, count in zip(ranks, counts, strict=True) for i in range(count)]
+    counts = np.diff(offsets)
+    indices = np.arange(offsets[-1], dtype=np.int32) - np.repeat(offsets[:-1], counts).astype(np.int32)
+    return Origins(np.repeat(np.asarray(ranks, np.int32), counts), indices)
 
 
 def number_origins(batch: RolloutBatch, origins: Sequence[Origin]) -> RolloutBatch:
@@ -120,5 +145,7 @@ def shorten(prompt: Prompt, limit: int = 80) -> str:
 
 
 def _as_arrays(origins: Sequence[Origin]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    if isinstance(origins, Origins):
+        return origins.ranks, origins.indices
     ranks = np.fromiter((o.rank for o in origins), np.int32, count=len(origins))
     return ranks, np.fromiter((o.index for o in origins), np.int32, count=len(origins))
