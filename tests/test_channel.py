@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_messages_arrive_whole_however_they_are_cut(messages, size):
     with left, right:
         reader = ChannelReader(right)
         right.setblocking(False)
-        found = []
+        found: list[Any] = []
         for start in range(0, len(stream), size):
             left.sendall(stream[start : start + size])
             while piece := reader.read():
@@ -55,6 +56,7 @@ def test_a_large_array_stays_outside_its_pickle_and_is_writable(pair):
     assert np.shares_memory(np.frombuffer(packed.buffers[0], dtype=np.int64), sent)
     threading.Thread(target=ChannelWriter(pair[0]).send, args=("header", packed)).start()
     header, value = next(receive(ChannelReader(pair[1])))
+    assert value is not None
     back = unpack(value)["big"]
     assert header == "header" and np.array_equal(back, sent)
     back[0] = 5
@@ -66,7 +68,7 @@ def test_a_full_socket_keeps_the_rest_for_later(pair):
     pair[1].setblocking(False)
     assert not writer.send("first", Packed(bytes(10_000_000))) and writer.has_pending
     assert not writer.send("second")
-    found = []
+    found: list[Any] = []
     while len(found) < 2:
         writer.flush()
         found += reader.read() or []
@@ -94,7 +96,7 @@ def test_threads_may_send_at_once(pair):
     threads = [threading.Thread(target=lambda n=n: [writer.send((n, i), Packed(bytes(5000))) for i in range(100)]) for n in range(4)]
     for thread in threads:
         thread.start()
-    found = []
+    found: list[Any] = []
     while len(found) < 400:
         found += reader.read() or []
     for thread in threads:

@@ -86,7 +86,7 @@ def test_the_command_tells_the_machine(capsys):
 
 def test_what_is_lacking_has_a_remedy(monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage._replace(free=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
     checks = {check.what: check for check in doctor.check_machine()}
     assert "set TMPDIR to a larger disk" in checks["disk"].remedy and checks["loopback"].remedy == ""
 

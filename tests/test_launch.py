@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_ranks_share_path_folder_and_environment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("USERS_OWN", "value")
-    import users_own
+    users_own = importlib.import_module("users_own")
 
     with wb.launch(2) as cluster:
         assert cluster.run(users_own.where) == [(str(tmp_path), "value")] * 2
@@ -192,3 +193,16 @@ def wait_for(is_so: Any, limit_s: float = 5.0) -> bool:
     while not is_so() and time.monotonic() < limit:
         time.sleep(0.02)
     return bool(is_so())
+
+
+def test_object_operations_are_signed_with_a_key_of_the_cluster():
+    def keys():
+        import os
+
+        from workbench.ranks.wire import KEY_VARIABLE
+
+        return os.environ[KEY_VARIABLE]
+
+    with wb.launch(2) as one, wb.launch(1) as two:
+        first, second = one.run(keys)
+        assert first == second != two.run(keys)[0] and len(first) == 64

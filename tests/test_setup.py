@@ -125,7 +125,7 @@ def test_the_kernel_is_registered_inside_the_environment(made):
 
 def test_a_second_call_does_nothing_and_is_quick(made):
     stamp = (made.venv / "workbench-stamp.json").stat().st_mtime_ns
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:  # the best of five, since another program may have the cores
         started = time.monotonic()
         assert made.make("setup").stdout == 'setup: .venv is ready; kernel "Workbench", commands in .venv/bin\n'

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ __all__ = ["PRELOAD", "LaunchOptions", "Processes"]
 
 PRELOAD = ("workbench.ranks.rank", "workbench.ranks.forming", "cloudpickle", "numpy.random")  # numpy loads its last one late: 30 ms a rank
 _START_LIMIT_S = 120.0
+KEY_VARIABLE = "WORKBENCH_KEY"  # as `wire` names it, which brings torch
 _BACKLOG = 4096
 _DESCRIPTORS_PER_RANK = 8
 
@@ -60,6 +62,7 @@ class Processes:
         self.folder = Path(tempfile.mkdtemp(prefix="workbench-"))  # mkdtemp makes it 0700
         self.layout: Layout | None = None  # in use since `cluster.use`; fresh ranks form its groups too
         self._owner = os.getpid()
+        self._key = secrets.token_hex(32)
         self._is_closed = False
         _allow_descriptors(options.world_size * _DESCRIPTORS_PER_RANK + 256)
         preload = PRELOAD if options.start_method == "forkserver" else ()
@@ -144,6 +147,7 @@ class Processes:
             "VLLM_HOST_IP": "127.0.0.1",
             "TORCH_FR_BUFFER_SIZE": os.environ.get("TORCH_FR_BUFFER_SIZE", "2000"),
             FOLDER_VARIABLE: self.folder,
+            KEY_VARIABLE: self._key,  # with which our own object operations are signed
         }
         return {**os.environ, **{name: str(value) for name, value in ours.items()}}
 
