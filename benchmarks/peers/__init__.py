@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -48,8 +49,9 @@ def run_peer(command: list[str], *, limit_s: float = _LIMIT_S) -> Answer:
         RuntimeError: it failed; its last words are in the text.
         subprocess.TimeoutExpired: it took longer than `limit_s`.
     """
-    started_s = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env=environment())
+    with tempfile.TemporaryDirectory(prefix="workbench-bench-") as folder:  # torchrun leaves its own behind
+        started_s = time.monotonic()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, env={**environment(), "TMPDIR": folder})
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode != 0 or not lines:
         raise RuntimeError(f"{' '.join(command)} ended with code {done.returncode}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
