@@ -10,6 +10,7 @@ It belongs to the cluster, not to a rank: it outlives stops of the ranks and end
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hmac
 import os
 import signal
@@ -223,6 +224,7 @@ def _form_world(config: HostConfig) -> None:
 
 def main(config: HostConfig, fds: list[int]) -> None:
     """Entry of the process; descriptor: the driver's channel."""
+    faulthandler.enable()  # a crash in native code then leaves its stack in the log
     host = _Host(config, socket.socket(fileno=fds[0]))
     host.start()
     sys.stdout.flush()
