@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from workbench.rollout.memory import MemorySampler, read_pss_bytes
+from workbench.rollout.memory import MemorySampler, read_held_bytes, read_pss_bytes
 
 MIB = 2**20
 # Says "ready", then holds 64 MiB more after the first line it reads, and ends after the second.
@@ -175,3 +175,9 @@ def test_pss_agrees_with_psutil_and_is_0_for_no_process(child):
     child.kill()
     child.wait()
     assert read_pss_bytes(child.pid) == 0
+
+
+def test_a_process_on_the_gpu_is_read_there_and_others_by_their_pss():
+    assert read_held_bytes([os.getpid(), 1], ScriptedDevice({os.getpid(): 5 * MIB}))[0] == 5 * MIB
+    for device in (None, ScriptedDevice({-1: 5 * MIB})):
+        assert read_held_bytes([os.getpid()], device)[0] == pytest.approx(read_pss_bytes(os.getpid()), rel=0.2)

@@ -16,7 +16,7 @@ from workbench.errors import EngineError
 from workbench.records import EngineStatus, Prompt, RolloutBatch, Sampling, SleepReport, Span
 from workbench.rollout.client import Address, EngineClient
 from workbench.rollout.engine import PhaseTimes
-from workbench.rollout.memory import read_pss_bytes
+from workbench.rollout.memory import NvmlMemory, read_held_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +68,7 @@ class EngineHandle:
         self._hosts = list(hosts)
         self._is_closed = False
         self._step = -1
+        self._device = NvmlMemory.open()
         self._threads = ThreadPoolExecutor(max_workers=len(hosts), thread_name_prefix="workbench-engine")
 
     @property
@@ -126,11 +127,11 @@ class EngineHandle:
         self._check_alive()
         if level not in (0, 1, 2):
             raise ValueError(f"sleep level is {level!r}; it must be 0 (pause), 1 (weights to a file) or 2 (weights discarded)")
-        before = [read_pss_bytes(pid) for pid in self.pids]
+        before = read_held_bytes(self.pids, self._device)
         start = time.monotonic()
         times = self._each(lambda host: host.client.sleep(level))
         end = time.monotonic()
-        after = [read_pss_bytes(pid) for pid in self.pids]
+        after = read_held_bytes(self.pids, self._device)
         if not times[0].note:
             self.spans.append(Span(step=self._step, rank=-1, span="sleep", start_s=start, end_s=end))
             for host, phase, high, low in zip(self._hosts, times, before, after, strict=True):
@@ -140,13 +141,13 @@ class EngineHandle:
     def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
         """Wake every process; `tags` of "weights" and "kv_cache" wake a part."""
         self._check_alive()
-        before = [read_pss_bytes(pid) for pid in self.pids]
+        before = read_held_bytes(self.pids, self._device)
         start = time.monotonic()
         times = self._each(lambda host: host.client.wake_up(tags))
         end = time.monotonic()
         if not times[0].note:
             self.spans.append(Span(step=self._step, rank=-1, span="wake_up", start_s=start, end_s=end))
-            after = [read_pss_bytes(pid) for pid in self.pids]
+            after = read_held_bytes(self.pids, self._device)
             self._complete_reports([high - low for high, low in zip(after, before, strict=True)], end - start)
         return _together(times)
 

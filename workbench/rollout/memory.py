@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ import psutil
 
 from workbench.records import MemorySample
 
-__all__ = ["DeviceMemory", "MemorySampler", "NvmlMemory", "read_pss_bytes"]
+__all__ = ["DeviceMemory", "MemorySampler", "NvmlMemory", "read_held_bytes", "read_pss_bytes"]
 
 
 def read_pss_bytes(pid: int) -> int:
@@ -40,6 +41,12 @@ class DeviceMemory(Protocol):
     def used_bytes_by_pid(self) -> dict[int, int]:
         """Bytes in use by each process on all devices together."""
         ...
+
+
+def read_held_bytes(pids: Sequence[int], device: DeviceMemory | None) -> list[int]:
+    """What each process holds, seen from outside: on the GPU where it has memory there, else its PSS."""
+    on_device = {} if device is None else device.used_bytes_by_pid()
+    return [on_device.get(pid) or read_pss_bytes(pid) for pid in pids]
 
 
 class NvmlMemory:
