@@ -5,6 +5,9 @@ DEVICE =
 BIN = $(VENV)/bin
 RELAXED = --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls --allow-untyped-decorators --allow-any-generics --no-warn-return-any
 
+# idle OpenMP threads sleep instead of spinning, which starves the other processes of a small box
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help setup demo test test-slow lab check notebooks figures bench gpu-check clean ready
 .DEFAULT_GOAL := help
 

@@ -127,7 +127,7 @@ class Processes:
             generation=generation,
             timeout_s=self.options.collective_timeout_s,
             is_checked=self.options.check_collectives,
-            num_threads=max(1, (os.cpu_count() or 1) // self.world_size),
+            num_threads=max(1, len(os.sched_getaffinity(0)) // self.world_size),
             layout=self.layout,
         )
         link.start(self._server, config, self.board, self._environment(link.rank), self.conductor.exited)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,7 @@ class EngineClient:
         self._lock = threading.Lock()
         self._status = EngineStatus.STARTING
         self._weight_version = 0
+        self.generated_s = (0.0, 0.0)  # begin and end of the last generate
         self._ready: list[tuple[Reply, Packed | None]] = []
 
     @classmethod
@@ -111,7 +113,9 @@ class EngineClient:
         step: int = 0,
     ) -> RolloutBatch:
         options = {"num_samples": num_samples, "origins": origins, "step": step}
+        started_s = time.monotonic()
         batch: RolloutBatch = through_tape("generate", lambda: self._call("generate", list(prompts), sampling, **options))
+        self.generated_s = (started_s, time.monotonic())
         return batch
 
     def sleep(self, level: int = 1) -> PhaseTimes:

@@ -262,7 +262,11 @@ def run_step(order: StepOrder) -> StepOutcome:
     except (EngineError, ValueError) as error:
         return StepOutcome(error=str(error), is_value_error=not isinstance(error, EngineError))
     names["batch"] = batch
-    return StepOutcome(batch=batch, spans=tuple(pipeline.spans))
+    spans = list(pipeline.spans)
+    if order.mode == "rooted" and engine is not None:  # the one engine of all ranks has a row of its own
+        start_s, end_s = engine.generated_s
+        spans.append(Span(step=order.step, rank=-1, span="generate", start_s=start_s, end_s=end_s))
+    return StepOutcome(batch=batch, spans=tuple(spans))
 
 
 def _read(order: StepOrder, rank: int, names: dict[str, Any]) -> tuple[Any, Any]:

@@ -145,7 +145,7 @@ class _Starter:
             tp=self.spec.tp,
             store_port=self.store_port,
             store_prefix=f"engine/{self.identity}/{index // self.spec.tp}",
-            num_threads=max(1, (os.cpu_count() or 1) // count),
+            num_threads=max(1, len(os.sched_getaffinity(0)) // count),
             options=self._options(log, count),
         )
         ours, theirs = socket.socketpair()
