@@ -101,7 +101,7 @@ def _events(frame: pd.DataFrame) -> list[tuple[float, str]]:
     marks = frame[frame["span"] == "mark"]
     events = list(zip(marks["start_s"].tolist(), marks["label"].tolist(), strict=True))
     work = frame[frame["span"].isin(["wake_up", "gather", "generate"])]
-    steps = sorted({int(step) for step in work["step"]})
+    steps = sorted({int(step) for step in work["step"] if step >= 0})  # -1 is what stands before the first
     if 1 < len(steps) <= 12:
         events += [(float(work.loc[work["step"] == step, "start_s"].min()), f"step {step}") for step in steps]
     return events
@@ -109,7 +109,7 @@ def _events(frame: pd.DataFrame) -> list[tuple[float, str]]:
 
 def _finding(work: pd.DataFrame) -> str:
     total_s = float(work["end_s"].max() - work["start_s"].min())
-    num_steps = work["step"].nunique()
+    num_steps = work.loc[work["step"] >= 0, "step"].nunique()
     steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
     shares = {str(kind): _covered_s(spans) / total_s if total_s else 0.0 for kind, spans in work.groupby("span")}
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
