@@ -225,6 +225,22 @@ def test_a_receive_from_any_has_hope_while_one_rank_lives(board):
     assert scene(board, finished=[1, 2]).is_certain_deadlock
 
 
+def test_a_message_on_its_way_is_hope_though_its_sender_is_gone(board):
+    arrive(board, 0, b"recv_any(x)")
+    board.begin(1, 5, b"send(x)", AreaState.NOWHERE, b"send(x)", 2)
+    for rank in range(3):
+        board.enter_cell(rank, 1)
+    groups = {
+        KEY: GroupFormed(key=KEY, name="any to 0 in world", ranks=(0, 1, 2)),
+        5: GroupFormed(key=5, name="1 to 0 in world", ranks=(1, 0)),
+    }
+    told = Scene(cell=1, members=frozenset(range(3)), finished=frozenset([1, 2]), groups=groups)
+    assert not diagnose(board, told).is_certain_deadlock
+    board.begin(0, 5, b"recv", AreaState.ON_BOARD, b"recv_any(x)\0", 3)  # taken
+    board.show(0, KEY, 1, AreaState.ON_BOARD, b"recv_any(x)\0", 3)
+    assert diagnose(board, told).is_certain_deadlock
+
+
 def test_a_sender_inside_gloo_is_given_time_for_its_last_bytes(board):
     board.begin(0, 5, b"send(x)", AreaState.IN_GLOO, b"send(x)\0s", 2)
     assert not scene(board, finished=[1], ranks=(0, 1), key=5).is_certain_deadlock
