@@ -54,25 +54,46 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     options = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    lines, results, failures, loads = [], {}, {}, [os.getloadavg()[0]]
+    path = options.out or RESULTS / f"{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}.txt"
+    kept = Kept()
     for name in options.names or list(MEASUREMENTS):
         chosen = MEASUREMENTS[name]
         console.print(f"measuring {name} ...", highlight=False)
         try:
-            result = chosen.measure(**(chosen.quick if options.quick else {}))
+            kept.add(name, chosen.measure(**(chosen.quick if options.quick else {})))
         except Exception as error:
-            failures[name] = f"{type(error).__name__}: {error}"
-            console.print(f"{name} failed: {failures[name]}", markup=False, style="red")
-            continue
-        results[name] = asdict(result)  # type: ignore[call-overload]
-        lines += result.lines()
-        loads.append(os.getloadavg()[0])
-    text = _text(lines, _heading(loads))
-    console.print(text, highlight=False, markup=False)
-    record = {"heading": _heading(loads), "lines": [_told(line) for line in lines], "results": results, "failures": failures}
-    path = _write(options.out, text, record)
+            kept.failures[name] = f"{type(error).__name__}: {error}"
+            console.print(f"{name} failed: {kept.failures[name]}", markup=False, style="red")
+        kept.write(path)  # each time: what was measured outlives an interrupt
+    console.print(kept.text(), highlight=False, markup=False)
     console.print(f"kept in {path} and {path.with_suffix('.json')}", highlight=False, soft_wrap=True)
-    return 1 if failures else 0
+    return 1 if kept.failures else 0
+
+
+class Kept:
+    """What one run has measured so far."""
+
+    def __init__(self) -> None:
+        self.lines: list[Line] = []
+        self.results: dict[str, Any] = {}
+        self.failures: dict[str, str] = {}
+        self.loads = [os.getloadavg()[0]]
+
+    def add(self, name: str, result: Result) -> None:
+        self.results[name] = asdict(result)  # type: ignore[call-overload]
+        self.lines += result.lines()
+        self.loads.append(os.getloadavg()[0])
+
+    def text(self) -> str:
+        return _text(self.lines, _heading(self.loads))
+
+    def write(self, path: Path) -> None:
+        """The table as text, and every number in a JSON file beside it."""
+        lines = [{**asdict(line), "ratio": line.ratio, "verdict": str(line.verdict)} for line in self.lines]
+        record = {"heading": _heading(self.loads), "lines": lines, "results": self.results, "failures": self.failures}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(self.text() + "\n")
+        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -125,18 +146,6 @@ def _text(lines: Sequence[Line], heading: str) -> str:
     console.print(heading, highlight=False, markup=False)
     console.print(table)
     return "\n".join(row.rstrip() for row in out.getvalue().splitlines())
-
-
-def _told(line: Line) -> dict[str, Any]:
-    return {**asdict(line), "ratio": line.ratio, "verdict": str(line.verdict)}
-
-
-def _write(out: Path | None, text: str, record: dict[str, Any]) -> Path:
-    path = out or RESULTS / f"{time.strftime('%Y-%m-%d-%H%M', time.gmtime())}.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n")
-    path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    return path
 
 
 if __name__ == "__main__":
