@@ -84,10 +84,11 @@ def _fitting_size(layout: Layout, grid: RankGrid) -> tuple[float, float]:
 def _draw_cells(ax: Axes, grid: RankGrid, groups: Indices) -> None:
     """All cells as one mesh, [rows, columns], with empty cells where there are gaps."""
     x_edges, y_edges = (np.unique(np.round(np.concatenate([at, at + 1]), 6)) for at in (grid.x, grid.y))
-    cells = np.ma.masked_all((len(y_edges) - 1, len(x_edges) - 1))
+    cells = np.full((len(y_edges) - 1, len(x_edges) - 1), np.nan)  # NaN is drawn as nothing
     cells[y_edges.searchsorted(np.round(grid.y, 6)), x_edges.searchsorted(np.round(grid.x, 6))] = groups % NUM_COLORS
     colors = ListedColormap([rank_color(index) for index in range(NUM_COLORS)])
-    ax.pcolormesh(x_edges, y_edges, cells, cmap=colors, norm=BoundaryNorm(np.arange(NUM_COLORS + 1) - 0.5, NUM_COLORS))
+    norm = BoundaryNorm(np.arange(NUM_COLORS + 1) - 0.5, NUM_COLORS)
+    ax.pcolormesh(x_edges, y_edges, cells, cmap=colors, norm=norm)
     ax.set_xlim(-0.15, grid.width + 0.15)
     ax.set_ylim(grid.height + 0.15, -0.15)
     if len(groups) <= MAX_NUMBERED:
