@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import _custom_ops
 from vllm.distributed.device_communicators import cpu_communicator
@@ -53,6 +54,7 @@ class SleepingCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM has no types h
 
     def prepare_sleep(self) -> None:
         """After the KV cache is there: know all memory, and commit the cache so that the first sleep frees all of it."""
+        _rewind_generators(self.model_runner)
         self.model_runner.model.requires_grad_(False)
         folder = self.vllm_config.additional_config.get("workbench_backup_dir")
         self.sleeper = Sleeper(
@@ -69,6 +71,34 @@ class SleepingCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM has no types h
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         self.phase = self.sleeper.wake_up(tags or ["weights", "kv_cache"])
+
+
+def _rewind_generators(runner: Any) -> None:
+    """Give partly read prompts their random state back by a copy of it.
+
+    What is sampled before a prompt is read to its end is thrown away. Upstream then moves the request's generator back by an offset, which
+    only CUDA's generators have: seeded requests that are read in pieces fail on a CPU (`_bookkeeping_sync`, vLLM 0.32.0).
+    """
+    sample, bookkeep = runner._sample, runner._bookkeeping_sync
+    states: dict[int, torch.Tensor] = {}
+
+    def keep_and_sample(*args: Any, **kwargs: Any) -> Any:
+        states.clear()
+        for index in np.flatnonzero(runner.discard_request_mask.np[: runner.input_batch.num_reqs]).tolist():
+            if (generator := runner.input_batch.generators.get(index)) is not None:
+                states[index] = generator.get_state()
+        return sample(*args, **kwargs)
+
+    def bookkeep_and_restore(*args: Any, **kwargs: Any) -> Any:
+        held = {index: runner.input_batch.generators.pop(index) for index in states}  # so that upstream finds none to move
+        try:
+            return bookkeep(*args, **kwargs)
+        finally:
+            for index, generator in held.items():
+                generator.set_state(states[index])
+                runner.input_batch.generators[index] = generator
+
+    runner._sample, runner._bookkeeping_sync = keep_and_sample, bookkeep_and_restore
 
 
 def _tensors(nested: Any) -> list[torch.Tensor]:
