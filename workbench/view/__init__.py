@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.view.layout import plot_layout
     from workbench.view.layout_explorer import layout_explorer
+    from workbench.view.length_explorer import length_explorer
     from workbench.view.lengths import plot_lengths
     from workbench.view.memory import plot_memory
     from workbench.view.timeline import plot_timeline
 
-__all__ = ["layout_explorer", "plot_layout", "plot_lengths", "plot_memory", "plot_timeline"]
+__all__ = ["layout_explorer", "length_explorer", "plot_layout", "plot_lengths", "plot_memory", "plot_timeline"]
 
 _HOME_OF = {
+    "length_explorer": "workbench.view.length_explorer",
     "layout_explorer": "workbench.view.layout_explorer",
     "plot_layout": "workbench.view.layout",
     "plot_lengths": "workbench.view.lengths",
