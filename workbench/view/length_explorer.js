@@ -21,7 +21,7 @@ function menu(label, options) {
 }
 
 function render({ model, el }) {
-  const rows = model.get("rows"), top = Math.max(1, ...rows.length_tokens);
+  const rows = model.get("rows"), top = rows.length_tokens.reduce((a, b) => Math.max(a, b), 1);
   const shape = menu("shape", [["histogram", "histogram"], ["ecdf", "share at most as long (ECDF)"], ["survival", "share longer (survival)"]]);
   const by = menu("only those of one", [["", "all"], ...Object.keys(rows).filter((k) => k !== "length_tokens").map((k) => [k, k.replace("_", " ")])]);
   const value = menu("which", [["", "-"]]);
