@@ -183,10 +183,11 @@ class Board:
         text = text[: _TEXT - 1]
         ring = sequence % _RING
         start = (slot + 2 + _RING * 2) * _WORD + ring * _TEXT
+        w[slot + 2 + 2 * ring] = 0  # the number goes first and comes last: who reads it finds the text and checksum that belong to it
         self._bytes[start] = len(text)
         self._bytes[start + 1 : start + 1 + len(text)] = text
-        w[slot + 2 + 2 * ring] = sequence
         w[slot + 3 + 2 * ring] = zlib.crc32(text)
+        w[slot + 2 + 2 * ring] = sequence
         self.show(rank, key, sequence, state, place, line)
         w[slot + 1] = sequence
         self._ring_bell(base)
@@ -269,7 +270,10 @@ class Board:
         checksum = zlib.crc32(text[: _TEXT - 1])
         for peer in peers:
             slot = self._find(peer, key)
-            if slot is not None and self._words[slot + 2 + 2 * ring] == sequence and self._words[slot + 3 + 2 * ring] != checksum:
+            if slot is None or self._words[slot + 2 + 2 * ring] != sequence:
+                continue
+            is_other = self._words[slot + 3 + 2 * ring] != checksum
+            if is_other and self._words[slot + 2 + 2 * ring] == sequence:  # else it was written over while we read
                 return False
         return True
 

@@ -26,7 +26,7 @@ from workbench.ranks.channel import Packed
 from workbench.ranks.diagnosis import Scene, diagnose
 from workbench.ranks.handle import ActiveCell, StopReason
 from workbench.ranks.link import Link
-from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen
+from workbench.ranks.messages import ANY_SOURCE, CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen
 from workbench.ranks.servers import describe_exit
 from workbench.records import Diagnosis
 
@@ -34,6 +34,7 @@ __all__ = ["Conductor"]
 
 _TICK_S = 0.02
 _LOOK_LIMIT_S = 0.3  # how long ranks may take to say where they are before a stop
+_SETTLE_S = 0.15  # how long a deadlock may take to become complete before it is told
 _GRACE_S = {"failure": 1.0, "deadlock": 0.15, "timeout": 0.0, "interrupt": 0.0}  # for ranks that are not stuck to end by themselves
 _SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
 _KILL_AFTER_S = 5.0
@@ -347,6 +348,8 @@ class Conductor:
         if "board" not in stages:
             if since_s < _LOOK_LIMIT_S and not cell.pending <= set(self._seen):
                 return
+            if cell.stop_reason == "deadlock" and since_s < _SETTLE_S and self._is_any_on_its_way(cell):
+                return
             cell.diagnosis = self.last_diagnosis = self._diagnosis(cell)
             stages.add("board")
             for rank in cell.members:
@@ -366,6 +369,10 @@ class Conductor:
                 cell.killed.add(rank)
                 self.links[rank].signal(signal.SIGKILL)
 
+    def _is_any_on_its_way(self, cell: ActiveCell) -> bool:
+        """Whether some rank is in no collective yet: it may be about to join those that wait, and belongs into the sentence then."""
+        return any(self.board.read(rank).state is AreaState.NOWHERE for rank in cell.pending)
+
     def _is_any_in_gloo(self, cell: ActiveCell) -> bool:
         return any(self.board.read(rank).state is AreaState.IN_GLOO for rank in cell.pending)
 
@@ -377,6 +384,7 @@ class Conductor:
         if "rebuild" not in stages:
             # a rank may have been told to shut its connections just when it had finished
             is_broken = "shut" in stages or any(done.is_group_broken for done in cell.done.values()) or bool(cell.deaths)
+            is_broken = is_broken or (cell.stop_reason is not None and self._is_uneven())
             dead = {link.rank for link in self.links if link.is_dead}
             if is_broken and dead <= cell.killed:
                 stages.add("rebuild")
@@ -398,6 +406,16 @@ class Conductor:
         cell.finished.set()
         with self.changed:
             self.changed.notify_all()
+
+    def _is_uneven(self) -> bool:
+        """Whether some members of a group have begun calls that others never will: asynchronous ones, when a stop came in between.
+
+        gloo holds on to those, and the next call of the others would meet them.
+        """
+        for key, group in self.groups.items():
+            if not group.name.startswith(ANY_SOURCE) and len({self.board.count(rank, key) for rank in group.ranks}) > 1:
+                return True
+        return False
 
     def _revive(self, cell: ActiveCell, dead: set[int]) -> None:
         """Start those that this stop had to kill afresh, and say so."""

@@ -31,6 +31,7 @@ from workbench.errors import CollectiveMismatch, StaleGroupError
 from workbench.ranks import sockets
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
+from workbench.ranks.messages import ANY_SOURCE
 from workbench.ranks.operations import NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops, tensors_in
 
 __all__ = ["Freed", "Hook", "Interceptor", "dropped"]
@@ -276,7 +277,7 @@ class Interceptor:
         if operation.name == "recv_any":
             sources = [(r, self._channel(group, r, self.rank, args[2])) for r in peers]
             key, peers, text = (
-                self._know_channel(group, f"any>{self.rank}:{args[2]}", f"any to {self.rank}", group.ranks),
+                self._know_channel(group, f"any>{self.rank}:{args[2]}", f"{ANY_SOURCE}{self.rank}", group.ranks),
                 (),
                 f"{text} from any",
             )

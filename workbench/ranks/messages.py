@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 __all__ = [
+    "ANY_SOURCE",
     "CellDone",
     "CellError",
     "Free",
@@ -24,6 +25,9 @@ __all__ = [
     "Seen",
     "Task",
 ]
+
+
+ANY_SOURCE = "any to "  # begins the name of the channel on which one rank counts its receives from anybody
 
 
 class Task(StrEnum):

@@ -217,14 +217,17 @@ class Rank:
         return Outcome.RAISED
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_running:
+            return  # it came late: the cell has ended, and forming the next generation must not be stopped
         if self.interceptor.is_busy:
             self.interceptor.is_interrupt_pending = True
-        elif self.is_running:
+        else:
             raise KeyboardInterrupt
 
     def _rebuild(self, generation: int) -> None:
         error = ""
         try:
+            self.interceptor.shut()  # gloo's destructor would wait for calls that can no longer end
             dist.destroy_process_group()
             self.interceptor.begin_generation(generation)
             self._join(generation)
