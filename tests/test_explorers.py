@@ -61,7 +61,8 @@ def test_what_the_layout_lacks_is_refused(name, value, text):
     "size, told", [(2, "the cluster uses Layout(world_size=2, tp=2)"), (4, "the cluster refused: the layout has 4 ranks")]
 )
 def test_the_button_hands_the_layout_to_the_cluster_and_says_what_came_of_it(size, told, monkeypatch):
-    cluster, layout, messages = ClusterOfTwo(), wb.Layout(size, tp=2), []
+    messages: list[object] = []
+    cluster, layout = ClusterOfTwo(), wb.Layout(size, tp=2)
     explorer = layout_explorer(layout, cluster)
     monkeypatch.setattr(explorer, "send", messages.append)
     explorer._handle_custom_msg({"use": True}, [])
