@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from typing import Any
 
 import pytest
 from run_builders import make_batch, make_run
@@ -61,7 +62,7 @@ def test_what_the_layout_lacks_is_refused(name, value, text):
     "size, told", [(2, "the cluster uses Layout(world_size=2, tp=2)"), (4, "the cluster refused: the layout has 4 ranks")]
 )
 def test_the_button_hands_the_layout_to_the_cluster_and_says_what_came_of_it(size, told, monkeypatch):
-    messages: list[object] = []
+    messages: list[Any] = []
     cluster, layout = ClusterOfTwo(), wb.Layout(size, tp=2)
     explorer = layout_explorer(layout, cluster)
     monkeypatch.setattr(explorer, "send", messages.append)
