@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 
 import leaks
@@ -13,6 +14,10 @@ FOLDER = leaks.own_temporary_folder()  # before any test module is imported: chi
 os.environ["WORKBENCH_HOME"] = os.path.join(FOLDER, "home")
 os.mkdir(os.environ["WORKBENCH_HOME"])
 leaks.adopt_orphans()
+
+
+# a shell's background job (`make test &`) inherits an ignored SIGINT, and so would every program that a test starts and interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

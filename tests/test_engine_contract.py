@@ -350,6 +350,16 @@ def test_a_second_engine_lives_beside_the_first(engines: dict[str, Engine]) -> N
     assert engines["vllm"].generate(PROMPTS, GREEDY).texts == texts
 
 
+def test_seeded_samples_are_whole_when_prompts_are_read_again(engines: dict[str, Engine]) -> None:
+    prompts = [f"{i}+{i + 7}=" for i in range(60)]
+    long = wb.Sampling(max_tokens=200, temperature=1.0, seed=3, ignore_eos=True)
+    with_room = engines["vllm"].generate(prompts, long).texts
+    small = VLLMEngine("tiny", kv_cache_bytes=2**24)  # holds half of it: requests are put off, and their prompts read again in pieces
+    cramped = small.generate(prompts, long).texts
+    small.close()
+    assert cramped == with_room
+
+
 @pytest.mark.parametrize("options, needs", [
     ({"engine_options": {"max_num_seq": 4}}, "nearest names: max_num_seqs"),
     ({"engine_options": {"tensor_parallel_size": 2}}, "pass tp= instead"),
