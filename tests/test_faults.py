@@ -43,6 +43,12 @@ def test_corruption_changes_one_element_on_one_rank_the_same_each_time(cluster):
     assert sum(value != 3.0 for value in eval(seen[0][0])) == 1
 
 
+def test_a_tape_holds_what_a_corrupted_call_gave(cluster, tmp_path):
+    with cluster.record(tmp_path / "tape"), cluster.inject(wb.Fault(rank=0, op="all_reduce", action="corrupt", seed=5)):
+        given = cluster.execute(f"{SUM}; dist.all_reduce(x); x.tolist()")[0].result_text
+    assert given != "[9.0, 9.0, 9.0]" and wb.replay(tmp_path / "tape", rank=0).result_texts == (given,)
+
+
 def test_a_paused_rank_is_continued_by_a_stop(cluster):
     started = time.monotonic()
     with cluster.inject(wb.Fault(rank=1, op="any", action="pause")), pytest.raises(wb.RankTimeout, match="rank 1"):

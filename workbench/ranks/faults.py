@@ -129,7 +129,7 @@ def arm(faults: Sequence[Fault]) -> None:
     interceptor = _interceptor()
     mine = [fault for fault in faults if fault.rank == interceptor.rank]
     if mine:
-        interceptor.hooks.append(FaultHook(mine))
+        interceptor.hooks.insert(0, FaultHook(mine))  # before a tape's, which must hold what the rank was given
 
 
 def disarm() -> None:
