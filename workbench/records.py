@@ -16,11 +16,14 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Absent",
+    "CollectiveStep",
+    "CollectiveTrace",
     "Diagnosis",
     "EngineMemory",
     "EngineStatus",
     "FinishReason",
     "GatheredPrompts",
+    "Held",
     "MemorySample",
     "Prompt",
     "RankState",
@@ -29,6 +32,7 @@ __all__ = [
     "Sampling",
     "SleepReport",
     "Span",
+    "Transfer",
     "Waiter",
 ]
 
@@ -374,6 +378,73 @@ class Diagnosis:
         head = "<tr><th>rank</th><th>what it does</th><th>for</th><th>where</th></tr>"
         table = f"<table>{head}{waits}{absent}</table>" if waits or absent else ""
         return f"<div>{html.escape(self.sentence or 'no rank waits in a collective')}</div>{table}"
+
+
+Held = tuple[float, ...] | str | None  # a part of a collective as a record keeps it: its values, words where they are many, or not held
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """One message between two members of a group.
+
+    Attributes:
+        source, target: places in `CollectiveTrace.members`.
+        part: which part of the whole travelled, a place in `CollectiveTrace.parts`.
+        carried: what the target got.
+        start_s: when the source sent it, from the first message on; end_s: when the target had it.
+        is_reduced: the target combined it with its own, else kept it as it came.
+    """
+
+    source: int
+    target: int
+    part: int
+    carried: Held
+    num_bytes: int
+    start_s: float
+    end_s: float
+    is_reduced: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveStep:
+    """Messages that travel together, and what every member holds after them.
+
+    Attributes:
+        held: [num_members][num_parts].
+    """
+
+    title: str
+    transfers: tuple[Transfer, ...]
+    held: tuple[tuple[Held, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectiveTrace:
+    """A collective as it was carried out, message by message.
+
+    Attributes:
+        op: "all_reduce (sum)", "gather", "rooted rollout", ...
+        members: names, in group order: "rank 0", ..., "engine".
+        parts: names of the parts that the whole is cut into.
+        steps: the first has no transfers: what each member gives.
+        results: parts that make up each member's result, [num_members].
+        dtype: of the values, "" where they are none.
+        max_difference: of the result from that of torch.distributed's own collective on the same input; None where there is none to
+            compare with.
+    """
+
+    op: str
+    members: tuple[str, ...]
+    parts: tuple[str, ...]
+    steps: tuple[CollectiveStep, ...]
+    results: tuple[tuple[int, ...], ...]
+    dtype: str = ""
+    max_difference: float | None = None
+
+    @property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """All messages, step by step."""
+        return tuple(transfer for step in self.steps for transfer in step.transfers)
 
 
 def _place_html(line: int, source: str) -> str:

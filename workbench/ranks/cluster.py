@@ -31,7 +31,7 @@ from workbench.ranks.handle import ActiveCell, CellHandle
 from workbench.ranks.ledger import ledger_frame, write_perfetto
 from workbench.ranks.messages import RunCell, Task
 from workbench.ranks.processes import Processes
-from workbench.records import Diagnosis, RankState, RankStatus
+from workbench.records import CollectiveTrace, Diagnosis, RankState, RankStatus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -442,6 +442,25 @@ class Cluster:
     def to_perfetto(self, path: str | os.PathLike[str]) -> Path:
         """Write the ledger as a trace that Perfetto and chrome://tracing open."""
         return write_perfetto(self.ledger(), Path(path))
+
+    def trace_collective(
+        self, op: str, inputs: Any = None, *, root: int = 0, reduce_op: str = "sum", axis: str | None = None, rank: int = 0
+    ) -> CollectiveTrace:
+        """Carry out a collective message by message on the ranks and keep each; `wb.view.trace_collective` shows it.
+
+        Args:
+            op: "all_reduce", "reduce_scatter", "all_gather", "gather", "scatter" or "broadcast".
+            inputs: a tensor or list of numbers for each rank, or the name of a tensor on the ranks; None takes numbers easy to follow.
+            root: place in the group.
+            reduce_op: "sum", "max", "min" or "product".
+            axis: trace the groups of this axis of the layout in use, not the world; the group of `rank` is kept.
+
+        Raises:
+            ValueError: an argument does not fit, or the group has fewer than 2 or more than 16 members.
+        """
+        from workbench.ranks.tracing import trace_collective
+
+        return trace_collective(self, op, inputs, root=root, reduce_op=reduce_op, axis=axis, rank=rank)
 
     # -- end ----------------------------------------------------------------------------------------------------------------------------
 
