@@ -2,7 +2,8 @@
 
 An announcement says what the rank calls ("all_gather float32 [2, 3] dim 0") or why it refuses, and one number (rows, bytes). In a
 collective all members exchange theirs; if one refuses, or two differ, every member raises and no data has moved, so the group stays
-usable. Between two ranks the sender's announcement tells the receiver what to make room for. What is small travels along with it.
+usable. Between two ranks the sender's announcement tells the receiver what to make room for. What is small travels along with it, and what
+lies in shared memory is pointed to.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ import torch
 from torch import Tensor
 
 from workbench.errors import GroupError
+from workbench.ranks.parcels import Parcel
 
 __all__ = ["NUM_BYTES", "ROOM_BYTES", "Announcement", "agree", "carrying", "decode", "encode"]
 
 NUM_BYTES = 2048
-_HEAD = struct.Struct("<q?BH")  # number, is_refusal, lengths of the text and of the data in bytes
-_TEXT_BYTES = 244
+_HEAD = struct.Struct("<q??BH")  # number, is_refusal, is_parcel, lengths of the text and of the data in bytes
+_TEXT_BYTES = 243
 ROOM_BYTES = NUM_BYTES - _HEAD.size - _TEXT_BYTES  # for data
 
 
@@ -34,12 +36,19 @@ class Announcement:
         text: what it calls, or why it refuses.
         number: what only this rank knows: rows or bytes it brings.
         data: those bytes themselves, uint8 [number], where there is room for them; else None.
+        parcel: where they lie in memory that the ranks share; else None.
     """
 
     text: str
     number: int = 0
     is_refusal: bool = False
     data: Tensor | None = None
+    parcel: Parcel | None = None
+
+    @property
+    def num_brought(self) -> int:
+        """Bytes that come with it."""
+        return self.parcel.num_bytes if self.parcel else 0 if self.data is None else self.data.numel()
 
 
 def carrying(text: str, data: Tensor) -> Announcement:
@@ -53,8 +62,9 @@ def encode(announcement: Announcement) -> Tensor:
     if len(text) > _TEXT_BYTES:  # what is cut is still compared, by its checksum
         text = text[: _TEXT_BYTES - 24].decode(errors="ignore").encode() + f"... [{zlib.crc32(text):08x}]".encode()
     data = bytearray(NUM_BYTES)
-    carried = b"" if announcement.data is None else announcement.data.numpy().data
-    _HEAD.pack_into(data, 0, announcement.number, announcement.is_refusal, len(text), len(carried))
+    parcel = announcement.parcel
+    carried = parcel.pack() if parcel else b"" if announcement.data is None else announcement.data.numpy().data
+    _HEAD.pack_into(data, 0, announcement.number, announcement.is_refusal, parcel is not None, len(text), len(carried))
     data[_HEAD.size : _HEAD.size + len(text)] = text
     data[NUM_BYTES - ROOM_BYTES : NUM_BYTES - ROOM_BYTES + len(carried)] = carried
     return torch.frombuffer(data, dtype=torch.uint8)
@@ -63,9 +73,12 @@ def encode(announcement: Announcement) -> Tensor:
 def decode(data: Tensor) -> Announcement:
     """The inverse of `encode`, from uint8 [NUM_BYTES]."""
     raw = data[: NUM_BYTES - ROOM_BYTES].numpy().tobytes()
-    number, is_refusal, length, carried = _HEAD.unpack_from(raw)
+    number, is_refusal, is_parcel, length, carried = _HEAD.unpack_from(raw)
     text = raw[_HEAD.size : _HEAD.size + length].decode(errors="replace")
-    return Announcement(text, number, is_refusal, data[NUM_BYTES - ROOM_BYTES :][:carried] if carried else None)
+    brought = data[NUM_BYTES - ROOM_BYTES :][:carried] if carried else None
+    if is_parcel and brought is not None:
+        return Announcement(text, number, is_refusal, parcel=Parcel.unpack(brought.numpy().tobytes()))
+    return Announcement(text, number, is_refusal, brought)
 
 
 def agree(announcements: Sequence[Announcement], *, ranks: Sequence[int], name: str) -> None:

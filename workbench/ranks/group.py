@@ -24,6 +24,7 @@ from torch import Tensor
 
 from workbench.errors import GroupError
 from workbench.ranks import arguments
+from workbench.ranks.called import named
 from workbench.ranks.collectives import Collectives
 from workbench.ranks.graph_capture import GraphCaptureContext, capture_stream
 from workbench.ranks.message_queue import MessageQueue, QueueHandle
@@ -71,6 +72,7 @@ class Group(Collectives):
         held = dist.get_process_group_ranks(process_group)
         return cls(process_group, held if ranks is None else ranks, name=name, rank=dist.get_rank())
 
+    @named
     def dispatch(
         self,
         hidden_states: Tensor,
@@ -95,6 +97,7 @@ class Group(Collectives):
         (hidden, weights, ids, *extra), group._rows = group._gather_ragged(tensors, 0, None)
         return (hidden, weights, ids) if extra_tensors is None else (hidden, weights, ids, extra)
 
+    @named
     def combine(self, hidden_states: Tensor, is_sequence_parallel: bool = False) -> Tensor:
         """Sum what the ranks' experts made of all tokens, and give each rank its own rows: [num_all_tokens, ...] -> [num_tokens, ...].
 
@@ -110,6 +113,7 @@ class Group(Collectives):
     def prepare_communication_buffer_for_model(self, model: Any) -> None:
         """Nothing: gloo needs no buffers made ready. It is here for code written for GPUs, where the experts' exchange does."""
 
+    @named
     def create_mq_broadcaster(
         self, writer_rank: int = 0, external_writer_handle: QueueHandle | None = None, blocking: bool = True
     ) -> MessageQueue | None:

@@ -12,6 +12,9 @@ from torch import Tensor
 from workbench.errors import GroupError, StaleGroupError
 from workbench.ranks import announce
 from workbench.ranks.announce import Announcement
+from workbench.ranks.called import announcing, carrier
+from workbench.ranks.parcels import Inbox, Outbox
+from workbench.ranks.wire import joined
 
 __all__ = ["Members"]
 
@@ -56,6 +59,7 @@ class Members:
     def rebind(self, process_group: dist.ProcessGroup | None) -> None:
         """Follow a new generation: the same ranks over a new process group (None where this rank is no member)."""
         self._process_group = process_group
+        self._outbox, self._inbox = Outbox(), Inbox()
         self._world = dist.group.WORLD if dist.is_initialized() else None
         if self.is_member and process_group is not None:
             held = dist.get_process_group_ranks(process_group)
@@ -130,6 +134,7 @@ class Members:
             dist.destroy_process_group(self._process_group)
         self._is_closed = True
         self._process_group = None
+        self._outbox, self._inbox = Outbox(), Inbox()
 
     def __repr__(self) -> str:
         place = f"place {self.rank_in_group} of {self.world_size}" if self.is_member else "not a member"
@@ -165,7 +170,9 @@ class Members:
         except Exception as error:
             problem, mine = error, Announcement(f"{type(error).__name__}: {error}", is_refusal=True)
         if self.world_size > 1:
-            gathered = self._gather_equal(announce.encode(mine))
+            with announcing(mine.text, mine.num_brought):
+                gathered = self._gather_equal(announce.encode(mine))
+            self._outbox.met()
             heard = [announce.decode(row) for row in gathered]
         else:
             heard = [mine] * self.world_size
@@ -173,6 +180,43 @@ class Members:
             raise problem
         announce.agree(heard, ranks=self.ranks, name=self.name)
         return heard
+
+    def _bringing(self, text: str, number: int, parts: Sequence[Tensor]) -> Announcement:
+        """An announcement that brings its bytes along where it can: parts, uint8 [num_bytes] each, one after another."""
+        num_bytes = sum(part.numel() for part in parts)
+        if 0 < num_bytes <= announce.ROOM_BYTES:
+            return Announcement(text, number, data=joined(parts))
+        if num_bytes and self.world_size > 1 and self._shares:
+            return Announcement(text, number, parcel=self._outbox.put(parts))
+        return Announcement(text, number)
+
+    def _brought(self, announced: Announcement) -> Tensor | None:
+        """The bytes that came along with an announcement, to be copied before the next call; None where they must be sent for."""
+        return announced.data if announced.parcel is None else self._inbox.open(announced.parcel)
+
+    @property
+    def _carries(self) -> bool:
+        """Whether announcements go over memory that only the ranks of a cluster share: what they bring needs no signature."""
+        return carrier().carries(self.process_group)
+
+    @property
+    def _shares(self) -> bool:
+        """Whether large bytes may go there too."""
+        return carrier().shares(self.process_group)
+
+    def _gather_announced(self, own: Sequence[Tensor], heard: Sequence[Announcement], sizes: Sequence[int]) -> Sequence[Tensor]:
+        """Each member's bytes, uint8 [sizes[place]]: as they came along, or collected now.
+
+        Args:
+            own: this member's parts.
+        """
+        mine = joined(own)
+        parts = [mine if place == self.rank_in_group else self._brought(a) for place, a in enumerate(heard)]
+        missing = [0 if a.num_brought else size for a, size in zip(heard, sizes, strict=True)]
+        if any(missing):
+            collected = self._gather_bytes(mine if missing[self.rank_in_group] else mine[:0], missing).split(missing)
+            parts = [late if size else part for late, size, part in zip(collected, missing, parts, strict=True)]
+        return [mine[:0] if part is None else part for part in parts]
 
     def _gather_bytes(self, data: Tensor, sizes: Sequence[int]) -> Tensor:
         """The bytes of all members one after another: uint8 [sum(sizes)], in group order.
@@ -195,7 +239,7 @@ class Members:
 
     def _gather_equal(self, data: Tensor) -> Tensor:
         """Equal numbers of bytes of every member: uint8 [world_size, num_bytes], in group order."""
-        gathered = torch.empty((self.world_size, data.numel()), dtype=torch.uint8)
+        gathered = torch.zeros((self.world_size, data.numel()), dtype=torch.uint8)
         if data.numel():
             _gather_into(gathered.view(-1), data, group=self.process_group)
         if self._places == sorted(self._places):

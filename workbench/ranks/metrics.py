@@ -10,6 +10,7 @@ from torch import Tensor
 
 from workbench.errors import GroupError
 from workbench.ranks import arguments
+from workbench.ranks.called import named
 from workbench.ranks.current import current
 from workbench.ranks.group import Group
 
@@ -23,6 +24,7 @@ _OPS: dict[str, Callable[[Sequence[Any]], Any]] = {
 }
 
 
+@named
 def reduce_metrics(metrics: Any, op: str = "mean", *, group: Group | None = None) -> Any:
     """Combine the metrics of all members: the same number, tensor or dict on each, with the values reduced; the input stays as it is.
 

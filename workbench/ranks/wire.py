@@ -21,7 +21,7 @@ from torch import Tensor
 
 from workbench.errors import GroupError
 
-__all__ = ["KEY_VARIABLE", "bytes_of", "check_dense", "dtype_name", "dtype_of", "from_bytes", "seal", "unseal"]
+__all__ = ["KEY_VARIABLE", "bytes_of", "check_dense", "dtype_name", "dtype_of", "from_bytes", "joined", "seal", "unseal"]
 
 KEY_VARIABLE = "WORKBENCH_KEY"
 _DIGEST_BYTES = 32
@@ -55,6 +55,18 @@ def from_bytes(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
     return data.view(dtype).reshape(tuple(shape))
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Parts, uint8 [num_bytes] each, as one; without a copy where they lie side by side already."""
+    ends = [part.data_ptr() + part.numel() for part in parts[:-1]]
+    if all(end == part.data_ptr() for end, part in zip(ends, parts[1:], strict=True)) and _is_one_storage(parts):
+        return parts[0].as_strided((sum(part.numel() for part in parts),), (1,))
+    return torch.cat(list(parts))
+
+
+def _is_one_storage(parts: Sequence[Tensor]) -> bool:
+    return len({part.untyped_storage().data_ptr() for part in parts}) == 1
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """ "float32" for torch.float32."""
     return str(dtype).removeprefix("torch.")
@@ -67,8 +79,11 @@ def dtype_of(name: str) -> torch.dtype:
     return dtype
 
 
-def seal(obj: Any) -> Tensor:
+def seal(obj: Any, *, signs: bool = True) -> Tensor:
     """A pickle of an object behind its digest, uint8 [num_bytes]; what plain pickle refuses (functions of a cell) goes by cloudpickle.
+
+    Args:
+        signs: off for what no stranger can write to, memory that ranks share: the digest costs as much as the pickle.
 
     Raises:
         ValueError: neither can pickle it.
@@ -77,18 +92,19 @@ def seal(obj: Any) -> Tensor:
         data = _written(pickle.dump, obj)
     except Exception:  # pickle raises whatever the object's own hooks raise
         data = _cloudpickled(obj)
-    data[:_DIGEST_BYTES] = _digest(data[_DIGEST_BYTES:])
+    if signs:
+        data[:_DIGEST_BYTES] = _digest(data[_DIGEST_BYTES:])
     return torch.frombuffer(data, dtype=torch.uint8)
 
 
-def unseal(sealed: Tensor) -> Any:
-    """The object that `seal` packed.
+def unseal(sealed: Tensor, *, checks: bool = True) -> Any:
+    """The object that `seal` packed; `checks` is off for what came through memory that ranks share.
 
     Raises:
         GroupError: the digest does not match, so nothing was unpickled.
     """
     view = memoryview(sealed.numpy().data)
-    if not hmac.compare_digest(bytes(view[:_DIGEST_BYTES]), _digest(view[_DIGEST_BYTES:])):
+    if checks and not hmac.compare_digest(bytes(view[:_DIGEST_BYTES]), _digest(view[_DIGEST_BYTES:])):
         raise GroupError(
             "an object arrived that does not carry this world's key; it was not unpickled\n"
             f"its digest does not match its {len(view) - _DIGEST_BYTES} bytes under the key in {KEY_VARIABLE}\n"

@@ -1,0 +1,140 @@
+"""What the user called, while one of our own operations makes its calls of torch: the name that a diagnosis and the ledger show.
+
+    group.broadcast_object(x)  ->  operation "broadcast_object"  ->  its announcement, its payload   ->  one row of the ledger
+
+Also where the interceptor of this process, if it has one, says what it carries beside gloo. Knows names and times. Does not know groups,
+boards or torch's operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+__all__ = ["Called", "Carrier", "Row", "announcing", "called_now", "carrier", "named", "set_carrier"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_local = threading.local()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One call as the ledger keeps it; times in monotonic nanoseconds, `where` as the board packs it."""
+
+    key: int
+    sequence: int
+    num_bytes: int
+    started: int
+    arrived: int
+    ended: int
+    where: int
+
+
+@dataclass(slots=True)
+class Called:
+    """One operation in progress.
+
+    Attributes:
+        name: what the user called: "all_reduce".
+        text: that and what its members agree on: "all_reduce(sum float32 [2])".
+        is_announcing: the call of torch that comes now is its announcement, which the board carries.
+        num_bytes: what this rank gave beside its calls of torch.
+    """
+
+    name: str
+    text: str
+    is_announcing: bool = False
+    num_bytes: int = 0
+    _row: Row | None = None
+    _note: Callable[[str, Row], None] | None = field(default=None, repr=False)
+
+    def add(self, row: Row, note: Callable[[str, Row], None]) -> None:
+        """Take in one call of torch that belongs to it: all make one row, with the wait before the first."""
+        num_bytes = 0 if self.is_announcing else row.num_bytes
+        first, self._note = self._row or replace(row, num_bytes=0), note
+        self._row = replace(first, num_bytes=first.num_bytes + num_bytes, ended=row.ended)
+
+    def end(self) -> None:
+        """Put its row in the ledger."""
+        if self._row is not None and self._note is not None:
+            self._note(self.name, replace(self._row, num_bytes=self._row.num_bytes + self.num_bytes))
+
+
+def called_now() -> Called | None:
+    """The operation that this thread is in."""
+    return getattr(_local, "called", None)
+
+
+@contextmanager
+def announcing(text: str, num_bytes: int) -> Iterator[None]:
+    """The call inside is the announcement of "all_reduce sum float32 [2]"; `num_bytes` go along with it."""
+    called = called_now()
+    if called is None:
+        yield
+        return
+    _, _, rest = text.partition(" ")
+    called.text, called.is_announcing = f"{called.name}({rest})", True
+    called.num_bytes += num_bytes
+    try:
+        yield
+    finally:
+        called.is_announcing = False
+
+
+def named(operation: Callable[P, T]) -> Callable[P, T]:
+    """Show the calls of torch inside under the operation's own name; the outermost operation gives the name."""
+    name = operation.__name__
+
+    @functools.wraps(operation)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+        if called_now() is not None:
+            return operation(*args, **kwargs)
+        _local.called = called = Called(name, f"{name}()")
+        try:
+            return operation(*args, **kwargs)
+        finally:
+            _local.called = None
+            called.end()
+
+    return wrapped
+
+
+class Carrier(Protocol):
+    """What carries bytes beside a process group's own connections, through memory that the ranks share."""
+
+    def carries(self, process_group: Any) -> bool:
+        """Whether announcements of this group go over the board."""
+        ...
+
+    def shares(self, process_group: Any) -> bool:
+        """Whether large bytes may go beside gloo too: nobody records or spoils what this rank's calls of torch bring."""
+        ...
+
+
+class _Gloo:
+    """A process without a board: everything goes through gloo."""
+
+    def carries(self, process_group: Any) -> bool:
+        return False
+
+    def shares(self, process_group: Any) -> bool:
+        return False
+
+
+_carrier: Carrier = _Gloo()  # one process has one interceptor, or none
+
+
+def carrier() -> Carrier:
+    """What carries bytes in this process."""
+    return _carrier
+
+
+def set_carrier(chosen: Carrier) -> None:
+    global _carrier
+    _carrier = chosen
