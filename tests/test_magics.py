@@ -30,7 +30,7 @@ def ranks(shell: InteractiveShell, line: str, cell: str) -> None:
 
 def test_equal_outputs_are_shown_once(shell, capsys):
     ranks(shell, "", "print('loss', 0.25 if rank != 2 else 0.5)")
-    assert capsys.readouterr().out == "[ranks 0-1, 3] loss 0.25\n[rank 2] loss 0.5\n"
+    assert capsys.readouterr().out == "[ranks 0-1, 3] loss 0.25\n[rank 2] loss 0.5  <- +2.5e-01 (+100 %) against ranks 0-1, 3\n"
 
 
 def test_a_cell_may_choose_ranks_by_axis(shell, capsys):

@@ -6,7 +6,7 @@ Times are seconds on the machine's monotonic clock (`time.monotonic()`, the same
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Any
@@ -30,6 +30,7 @@ __all__ = [
     "RankStatus",
     "RolloutBatch",
     "Sampling",
+    "Shown",
     "SleepReport",
     "Span",
     "Transfer",
@@ -67,6 +68,33 @@ class RankStatus:
     rss_bytes: int
     private_bytes: int
     waits_in: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A value as a rank shows it, and as much of its numbers as it takes to compare ranks.
+
+    Attributes:
+        text: its repr, cut where it is long; "" for a figure that was left open.
+        summary: type, shape, dtype, bytes and range of a tensor or array, "" for other values.
+        forms: MIME type -> text, or the bytes of a picture; {} where text is all there is.
+        shape, dtype: of a tensor, array or number; () and "" for other values.
+        numbers: its first values in C order, [at most 262,144]; None for other values.
+        digest: checksum of all its values, 0 where they were too many to read.
+    """
+
+    text: str
+    summary: str = ""
+    forms: Mapping[str, str | bytes] = field(default_factory=dict)
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    numbers: NDArray[Any] | None = None
+    digest: int = 0
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal where ranks show the same."""
+        return self.text, self.summary, tuple(sorted(self.forms.items())), self.shape, self.dtype, self.digest
 
 
 class EngineStatus(StrEnum):

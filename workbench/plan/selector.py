@@ -1,4 +1,4 @@
-"""Which ranks a selector names: "all", "0,2-3", "tp=0", "dp=1,pp=0", an int, a list, a slice."""
+"""Which ranks a selector names ("all", "0,2-3", "tp=0", "dp=1,pp=0", an int, a list, a slice), and how ranks are named in a text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-__all__ = ["HasCoords", "Selector", "select_ranks"]
+__all__ = ["HasCoords", "Selector", "name_ranks", "select_ranks"]
 
 Selector = int | str | slice | Sequence[int] | None
 
@@ -110,3 +110,15 @@ def _refuse(selector: Any, limit: int, problem: str, what: str = "rank") -> NoRe
         f"ranks={selector!r} {problem}\n{what}s run from 0 to {limit - 1}\n"
         'choose with an int, a list, a slice, "all", "0,2-3", or by axes of the layout in use: "tp=0", "dp=1,pp=0"'
     )
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """ "rank 2", "ranks 0-3", "ranks 0, 2-3"."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(texts)

@@ -21,7 +21,6 @@ __all__ = ["file_of", "run_source", "tell"]
 _PACKAGE = __file__.rpartition("/ranks/")[0] + "/"
 _MOST_NAMES = 40
 _LONGEST_NAME = 200  # characters of a repr in RankFailed.locals
-_LONGEST_RESULT = 20_000  # characters of a result's repr
 
 
 def file_of(cell: int) -> str:
@@ -29,11 +28,11 @@ def file_of(cell: int) -> str:
     return f"<cell {cell}>"
 
 
-def run_source(source: str, module: ModuleType, cell: int) -> str:
+def run_source(source: str, module: ModuleType, cell: int) -> object:
     """Run a cell in a module's namespace.
 
     Returns:
-        The repr of its last expression, "" where the cell ends with a statement, a semicolon or None.
+        The value of its last expression, None where the cell ends with a statement or a semicolon.
     """
     name = file_of(cell)
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
@@ -41,12 +40,9 @@ def run_source(source: str, module: ModuleType, cell: int) -> str:
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, name, "exec"), module.__dict__)
     if not isinstance(last, ast.Expr):
-        return ""
+        return None
     value = eval(compile(ast.Expression(last.value), name, "eval"), module.__dict__)
-    if value is None or source.rstrip().endswith(";"):
-        return ""
-    text = repr(value)
-    return text if len(text) <= _LONGEST_RESULT else f"{text[:_LONGEST_RESULT]}... ({len(text):,} characters)"
+    return None if source.rstrip().endswith(";") else value
 
 
 def tell(error: BaseException) -> CellError:

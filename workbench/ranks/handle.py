@@ -5,11 +5,10 @@ Knows outputs and errors of one cell. Does not know how ranks are reached.
 
 from __future__ import annotations
 
-import html
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,89 +22,17 @@ from workbench.errors import (
     RankTimeout,
     WorkbenchError,
 )
+from workbench.plan.selector import name_ranks
 from workbench.ranks.channel import Packed, unpack
 from workbench.ranks.messages import CellDone, CellError, Outcome, Task
-from workbench.records import Diagnosis
+from workbench.ranks.result import CellResult, RankOutput
+from workbench.records import Diagnosis, Shown
 
-__all__ = ["ActiveCell", "CellHandle", "CellResult", "RankOutput", "StopReason"]
+__all__ = ["ActiveCell", "CellHandle", "CellResult", "RankOutput", "StopReason", "name_ranks"]
 
 StopReason = str  # "failure", "deadlock", "timeout", "interrupt", "closed"
 
 _TOLD_LATE_S = 0.5  # a death is told later than it happened; what others then meet in gloo is its consequence
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RankOutput:
-    """What one rank gave in one cell.
-
-    Attributes:
-        stdout, stderr: Python's and native output.
-        result_text: repr of the cell's last expression, "" where there is none.
-        error: text of what it raised, None where it did not.
-        seconds: how long it ran.
-    """
-
-    rank: int
-    stdout: str
-    stderr: str
-    result_text: str
-    error: str | None
-    seconds: float
-
-
-class CellResult(Mapping[int, RankOutput]):
-    """rank -> what it gave; equal outputs are shown once, with the ranks that they came from."""
-
-    def __init__(self, outputs: Mapping[int, RankOutput]) -> None:
-        self._outputs = dict(sorted(outputs.items()))
-
-    def __getitem__(self, rank: int) -> RankOutput:
-        return self._outputs[rank]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._outputs)
-
-    def __len__(self) -> int:
-        return len(self._outputs)
-
-    def folded(self) -> list[tuple[tuple[int, ...], str]]:
-        """(ranks, text) of each distinct output, in order of the first rank that gave it; ranks that gave nothing are left out."""
-        by_text: dict[str, list[int]] = {}
-        for rank, output in self._outputs.items():
-            text = "".join(
-                part if part.endswith("\n") else part + "\n" for part in (output.stdout, output.stderr, output.result_text) if part
-            )
-            by_text.setdefault(text, []).append(rank)
-        return [(tuple(ranks), text) for text, ranks in by_text.items() if text]
-
-    def __str__(self) -> str:
-        lines = []
-        for ranks, text in self.folded():
-            name = name_ranks(ranks)
-            lines += [f"[{name}] {line}" for line in text.rstrip("\n").split("\n")]
-        return "\n".join(lines)
-
-    def __repr__(self) -> str:
-        return str(self) or f"<no output of {name_ranks(tuple(self._outputs))}>"
-
-    def _repr_html_(self) -> str:
-        blocks = [
-            f'<div style="margin:2px 0"><b>{name_ranks(ranks)}</b><pre style="margin:0 0 0 1em">{html.escape(text.rstrip())}</pre></div>'
-            for ranks, text in self.folded()
-        ]
-        return "".join(blocks) or f"<i>no output of {name_ranks(tuple(self._outputs))}</i>"
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    """ "rank 2", "ranks 0-3", "ranks 0, 2-3"."""
-    runs: list[list[int]] = []
-    for rank in sorted(ranks):
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(texts)
 
 
 @dataclass(slots=True)
@@ -151,7 +78,12 @@ class ActiveCell:
             result_text=done.result_text if done else "",
             error=f"{error.kind}: {error.message}" if error else (str(self.deaths[rank]) if rank in self.deaths else None),
             seconds=done.ended_s - done.started_s if done else 0.0,
+            shown=self._shown(rank),
         )
+
+    def _shown(self, rank: int) -> tuple[Shown, ...]:
+        packed = self.values.get(rank) if self.task is Task.SOURCE else None
+        return unpack(packed) if packed is not None else ()
 
     def print_output(self) -> None:
         """Print what the ranks wrote, once, where nobody else shows it."""

@@ -41,6 +41,7 @@ from workbench.ranks.current import Current, set_current
 from workbench.ranks.group import Group
 from workbench.ranks.intercept import Freed, Interceptor
 from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
+from workbench.ranks.shown import open_figures, show_value, text_of
 
 __all__ = ["Rank", "main"]
 
@@ -71,6 +72,8 @@ class Rank:
         torch.set_num_threads(self.config.num_threads)
         seed_all(self.config.seed + self.config.rank)
         _refuse_to_ask(self.config.rank)
+        if os.environ.get("MPLBACKEND", "").startswith("module://"):
+            os.environ["MPLBACKEND"] = "Agg"  # the notebook's own backend draws in the notebook's process only
         self.interceptor.install()
         threading.Thread(target=self._control, name="workbench-control", daemon=True).start()
         self.board.reset(self.config.rank)
@@ -189,7 +192,7 @@ class Rank:
     def _work(self, message: RunCell, value: Packed | None) -> tuple[str, Packed | None]:
         names = self.module.__dict__
         if message.task is Task.SOURCE:
-            return cells.run_source(message.text, self.module, message.cell), None
+            return self._run_source(message)
         if message.task is Task.PUSH:
             assert value is not None
             names.update(unpack(value))
@@ -206,6 +209,13 @@ class Rank:
                 f"the result of {getattr(function, '__name__', 'the function')} cannot travel to the driver: "
                 f"a {type(result).__name__} cannot be pickled ({error}); return numbers, arrays, tensors or lists of them"
             ) from error
+
+    def _run_source(self, message: RunCell) -> tuple[str, Packed | None]:
+        value = cells.run_source(message.text, self.module, message.cell)
+        text = text_of(value)
+        shown = [show_value(value, text), *open_figures()] if value is not None else [*open_figures()]
+        rich = tuple(one for one in shown if one is not None)
+        return text, pack(rich) if rich else None
 
     def _judge(self, error: BaseException) -> Outcome:
         """A failure of this rank's own, or the consequence of being stopped?"""

@@ -30,6 +30,7 @@ from workbench.ranks.channel import Packed, unpack
 from workbench.ranks.current import Current, set_current
 from workbench.ranks.intercept import dropped
 from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in
+from workbench.ranks.shown import text_of
 from workbench.ranks.tape import CellEnd, CellStart, Collective, Outside, TapeReader, TapeStart
 
 __all__ = ["Replayed", "replay"]
@@ -220,7 +221,7 @@ class _Player:
 
     def _perform(self, start: CellStart, module: ModuleType) -> None:
         if start.task == "source":
-            self.result_texts.append(run_source(start.text, module, start.cell))
+            self.result_texts.append(text_of(run_source(start.text, module, start.cell)))
         elif start.task == "push":
             vars(module).update(_value(start))
         elif start.task == "call":

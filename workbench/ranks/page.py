@@ -1,0 +1,133 @@
+"""A cell's output as HTML that needs no script: folded lines, values in their rich form, each rank's own text one click away.
+
+It stays readable where a viewer takes styles away, and uses the notebook's own colours in light and dark. Knows folded output. Does not
+know cells or processes.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import zlib
+from collections.abc import Mapping, Sequence
+
+from workbench.plan.folding import FoldedLine, FoldedValue, fold_lines
+from workbench.plan.selector import name_ranks
+from workbench.records import Shown
+
+__all__ = ["page_of_lines", "page_of_ranks", "page_of_stream", "page_of_values"]
+
+_MOST_FOLDED = 200  # lines a rank in the folded view
+_MOST_OF_RANKS = 2_000  # lines of all ranks together behind the click
+_LONGEST_LINE = 2_000  # characters
+_MUTED = "color:var(--jp-ui-font-color2,#666)"
+_PRE = "margin:0;padding:0;background:none;white-space:pre-wrap;overflow-wrap:anywhere;font-size:var(--jp-code-font-size,13px)"
+_MARK = "background:none;color:inherit;font-weight:bold;text-decoration:underline 2px #D55E00"
+_ERROR = "background:var(--jp-rendermime-error-background,#fdd)"
+_SCROLL = "max-height:30em;overflow:auto"
+_PICTURES = ("image/png", "image/jpeg")
+
+_TABS = """<style>
+.{0}{{display:flex;flex-wrap:wrap;gap:0 2px}}
+.{0}>details{{display:contents}}
+.{0}>details>summary{{list-style:none;cursor:pointer;padding:2px 8px;border-bottom:2px solid transparent}}
+.{0}>details[open]>summary{{border-bottom-color:#0072B2;font-weight:bold}}
+.{0}>details::details-content{{order:1;width:100%}}
+</style>"""
+
+
+def page_of_lines(by_rank: Mapping[int, Sequence[str]], *, older: str = "", is_error: bool = False) -> str:
+    """What ranks wrote: equal lines once, numbers that differ underlined, the first lines of a flood left out."""
+    dropped = {rank: len(lines) - _MOST_FOLDED for rank, lines in by_rank.items() if len(lines) > _MOST_FOLDED}
+    folded = fold_lines({rank: lines[-_MOST_FOLDED:] for rank, lines in by_rank.items()})
+    if not folded:
+        return ""
+    body = _lines(folded)
+    style = f"{_SCROLL};{_ERROR}" if is_error else _SCROLL
+    return _older(dropped, older) + f'<div style="{style}"><pre style="{_PRE}">{body}</pre></div>'
+
+
+def page_of_stream(folded: Sequence[FoldedLine], bars: Mapping[int, Sequence[str]], *, num_dropped: int, older: str) -> str:
+    """A cell that still runs: its newest lines, then the rows that still change, such as progress bars; it stays at its end."""
+    head = f'<div style="{_MUTED}">{num_dropped:,} older lines: {html.escape(older)}</div>' if num_dropped else ""
+    still = "".join(f"{_label((rank,))}{html.escape(row[:_LONGEST_LINE])}\n" for rank, rows in sorted(bars.items()) for row in rows)
+    body = _lines(folded) + (f"\n{still.rstrip()}" if folded and still else still.rstrip())
+    box = f"display:flex;flex-direction:column-reverse;{_SCROLL}"
+    return f'{head}<div style="{box}"><pre style="flex:none;{_PRE}">{body}</pre></div>'
+
+
+def _lines(folded: Sequence[FoldedLine]) -> str:
+    """Lines with the names of their ranks, a name only where it changes; names take one column."""
+    width = max((len(name_ranks(one.ranks)) for one in folded), default=0)
+    rows, before = [], None
+    for one in folded:
+        name = name_ranks(one.ranks)
+        label = _label(one.ranks, width) if name != before else f"{'':{width}}  "
+        note = f'  <span style="{_MUTED}">&larr; {html.escape(one.note)}</span>' if one.note else ""
+        rows.append(f"{label}{_marked(one)}{note}")
+        before = name
+    return "\n".join(rows)
+
+
+def _label(ranks: Sequence[int], width: int = 0) -> str:
+    return f'<span style="{_MUTED};user-select:none">{name_ranks(ranks):<{width}}  </span>'
+
+
+def _marked(one: FoldedLine) -> str:
+    line, begin, parts = one.line, 0, []
+    for first, behind in one.marks:
+        parts += [html.escape(line[begin:first]), f'<mark style="{_MARK}">{html.escape(line[first:behind])}</mark>']
+        begin = behind
+    rest = line[begin:]
+    cut = f"{rest[:_LONGEST_LINE]}... ({len(line):,} characters)" if len(rest) > _LONGEST_LINE else rest
+    return "".join([*parts, html.escape(cut)])
+
+
+def _older(dropped: Mapping[int, int], older: str) -> str:
+    if not dropped:
+        return ""
+    told = f"{sum(dropped.values()):,} older lines of {name_ranks(tuple(dropped))}: {older or 'in the stdout and stderr of this result'}"
+    return f'<div style="{_MUTED}">{html.escape(told)}</div>'
+
+
+def page_of_values(folded: Sequence[FoldedValue]) -> str:
+    """Values side by side where there is room, each in its richest form."""
+    blocks = []
+    for one in folded:
+        name = name_ranks(one.ranks)
+        note = f'<div style="{_MUTED}">&larr; {html.escape(one.note)}</div>' if one.note else ""
+        head = f'<div style="{_MUTED}">{name}{f": {html.escape(one.shown.summary)}" if one.shown.summary else ""}</div>'
+        blocks.append(f'<div style="min-width:0">{head}{_form(one.shown, name)}{note}</div>')
+    return f'<div style="display:flex;flex-wrap:wrap;gap:.5em 2em;margin-top:2px">{"".join(blocks)}</div>' if blocks else ""
+
+
+def _form(shown: Shown, name: str) -> str:
+    forms = shown.forms
+    if isinstance(rich := forms.get("text/html"), str):
+        return f'<div style="overflow:auto">{rich}</div>'
+    if isinstance(drawn := forms.get("image/svg+xml"), str):
+        return drawn
+    for kind in _PICTURES:
+        if isinstance(data := forms.get(kind), bytes):
+            source = f"data:{kind};base64,{base64.b64encode(data).decode()}"
+            return f'<img style="max-width:100%" alt="picture of {name}: {html.escape(shown.text or "figure")}" src="{source}">'
+    return f'<pre style="{_PRE};{_SCROLL}">{html.escape(shown.text)}</pre>'
+
+
+def page_of_ranks(by_rank: Mapping[int, Sequence[str]], *, older: str = "") -> str:
+    """Each rank's own text behind one click, a tab a rank; "" where all ranks gave the same few lines."""
+    has_more = any(len(lines) > _MOST_FOLDED for lines in by_rank.values())
+    if len(by_rank) < 2 or not (has_more or len(set(map(tuple, by_rank.values()))) > 1):
+        return ""
+    most = max(20, _MOST_OF_RANKS // len(by_rank))
+    group = f"wb-{zlib.crc32(repr(by_rank).encode(errors='replace')):08x}"  # of this page alone, and the same in every build of a notebook
+    tabs = "".join(_tab(rank, lines, most, group, older, is_open=rank == min(by_rank)) for rank, lines in by_rank.items())
+    summary = f'<summary style="cursor:pointer;{_MUTED}">each rank by itself</summary>'
+    return f'<details style="margin-top:2px">{summary}{_TABS.format(group)}<div class="{group}">{tabs}</div></details>'
+
+
+def _tab(rank: int, lines: Sequence[str], most: int, group: str, older: str, *, is_open: bool) -> str:
+    dropped = {rank: len(lines) - most} if len(lines) > most else {}
+    text = "\n".join(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "..." for line in lines[-most:])
+    body = f'{_older(dropped, older)}<pre style="{_PRE};{_SCROLL}">{html.escape(text) or "(nothing)"}</pre>'
+    return f'<details name="{group}"{" open" if is_open else ""}><summary>rank {rank}</summary>{body}</details>'
