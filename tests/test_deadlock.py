@@ -287,6 +287,9 @@ def test_what_was_made_before_a_stop_inside_gloo_says_that_it_is_stale():
             with pytest.raises(wb.RankFailed) as caught:
                 cluster.execute(cell, timeout_s=10)
             assert "StaleGroupError" in str(caught.value) and rebuild in str(caught.value), caught.value
+        for call in ("dist.all_reduce(torch.ones(1), group=old)", "dist.broadcast(torch.ones(1), src=0, group=old)", "dist.get_rank(old)"):
+            caught_there = cluster.execute(f"try:\n    {call}\nexcept wb.StaleGroupError: said = 'stale'\nsaid", timeout_s=10)
+            assert [caught_there[r].result_text for r in range(2)] == ["'stale'"] * 2  # torch does not put an error of its own in its place
         assert cluster.pull("kept") == [0, 1]
         result = cluster.execute("groups['tp'].barrier(); group.barrier(); groups['tp'].world_size")
         assert result[0].result_text == "2" and cluster.generation == 1

@@ -29,10 +29,11 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 
 from workbench.errors import CollectiveMismatch, StaleGroupError
 from workbench.ranks import sockets
+from workbench.ranks import called as calling
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
 from workbench.ranks.messages import ANY_SOURCE
-from workbench.ranks.operations import NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops, tensors_in
+from workbench.ranks.operations import LEDGER_NAMES, NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops, tensors_in
 
 __all__ = ["Freed", "Hook", "Interceptor", "dropped"]
 
@@ -42,6 +43,7 @@ __all__ = ["Freed", "Hook", "Interceptor", "dropped"]
 _LAYER = "BackendSelect"
 _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
+_ASK_ABOUT_GROUPS = ("get_backend", "get_group_rank", "get_global_rank", "get_process_group_ranks")  # torch asks too, before a collective
 _MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
 
 
@@ -84,7 +86,7 @@ class Interceptor:
         self.hooks: list[Hook] = []
         self._announce = announce
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
-        self._channels: set[int] = set()
+        self._channels: dict[int, int] = {}  # key of a channel -> key of its group
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
         self._told_later: dict[int, list[Callable[[], None]]] = {}  # id of a work -> whom to tell what it received
         self._internal = 0
@@ -95,6 +97,7 @@ class Interceptor:
     def install(self) -> None:
         """Take over the operators, the waiting for them and the making of groups."""
         remember_reduce_ops()
+        calling.set_carrier(self)
         for name, operation in OPERATIONS.items():
             library = torch.library.Library("c10d", "IMPL")
             library.impl(name, functools.partial(self._collective, name, operation), _LAYER, with_keyset=True)
@@ -103,6 +106,10 @@ class Interceptor:
         c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
         for name in ("send", "recv"):
             wrapped = self._blocking(getattr(c10d, name))
+            setattr(c10d, name, wrapped)
+            setattr(dist, name, wrapped)
+        for name in _ASK_ABOUT_GROUPS:
+            wrapped = self._knowing_stale(getattr(c10d, name))
             setattr(c10d, name, wrapped)
             setattr(dist, name, wrapped)
 
@@ -164,8 +171,25 @@ class Interceptor:
         key = key_of(f"{self.generation}:{process_group.group_name}:{ranks}")
         group = KnownGroup(key=key, name=str(name), ranks=ranks, generation=self.generation, connections=new)
         self._groups[id(process_group)] = group
-        weakref.finalize(process_group, self._groups.pop, id(process_group), None).atexit = False
+        weakref.finalize(process_group, self._forget, id(process_group), group).atexit = False
         self._announce(group)
+
+    def _forget(self, identity: int, group: KnownGroup) -> None:
+        """Nobody holds this group any more: what it counts on the board may make room."""
+        self._groups.pop(identity, None)
+        if group.generation == self.generation:
+            for key in (group.key, *(key for key, owner in list(self._channels.items()) if owner == group.key)):
+                self._channels.pop(key, None)
+                self.board.forget(key)
+
+    def carries(self, process_group: Any) -> bool:
+        """Whether announcements of this group go over the board."""
+        group = self._groups.get(id(process_group))
+        return group is not None and group.generation == self.generation
+
+    def shares(self, process_group: Any) -> bool:
+        """Whether large bytes may go beside gloo too; tapes and faults want to see them in calls of torch."""
+        return not self.hooks and self.carries(process_group)
 
     def _gather_to_make(self, ranks: Sequence[int], name: str) -> None:
         """Meet the whole world before a group is made: torch's own wait for a rank that does not come can neither be seen nor stopped."""
@@ -193,7 +217,7 @@ class Interceptor:
         group = self._groups.get(id(dist.ProcessGroup.unbox(args[operation.group_at])))
         if group is None:
             return onward(keyset & _BELOW, *args)
-        self._refuse_stale(group, operation)
+        self._refuse_stale(group, operation.name)
         with self._busy():
             return self._run(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
 
@@ -210,10 +234,22 @@ class Interceptor:
                 self.is_interrupt_pending = False
                 raise KeyboardInterrupt
 
-    def _refuse_stale(self, group: KnownGroup, operation: Operation) -> None:
+    def _knowing_stale(self, ask: Callable[..., Any]) -> Callable[..., Any]:
+        """Of a group of an older generation torch would say that it was never made, also in place of our own error."""
+
+        @functools.wraps(ask)
+        def wrapped(group: Any = None, *args: Any, **kwargs: Any) -> Any:
+            known = self._groups.get(id(group))
+            if known is not None:
+                self._refuse_stale(known, ask.__name__)
+            return ask(group, *args, **kwargs)
+
+        return wrapped
+
+    def _refuse_stale(self, group: KnownGroup, what: str) -> None:
         if group.generation != self.generation:
             raise StaleGroupError(
-                f"rank {self.rank}: {operation.name} was called on group {group.name!r} of ranks {list(group.ranks)}, "
+                f"rank {self.rank}: {what} was called on group {group.name!r} of ranks {list(group.ranks)}, "
                 f"which belongs to generation {group.generation}\n"
                 f"the ranks are at generation {self.generation}: a stop found ranks inside gloo, and their connections were closed\n"
                 "make it again: dist.new_group(...) for a group of your own, DistributedDataParallel(model.module) for a wrapped model; "
@@ -224,17 +260,20 @@ class Interceptor:
         frame, calls_from_autograd = user_frame(2)
         call = self._describe(operation, group, args, frame)
         if any([hook.before(operation, args) for hook in self.hooks]):
+            for hook in self.hooks:  # a tape holds it too, its tensors as they were
+                hook.begun(operation.name, call.text, call.line, list(tensors_in(args[0])))()
             return dropped(name, args)
         is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
         waits = (is_blocking or calls_from_autograd) and bool(call.peers or call.sources)
         started = time.monotonic_ns()
-        call = self._post(call, AreaState.ON_BOARD if waits and self.is_checked else AreaState.IN_GLOO)
-        if self.is_checked:
+        is_met = self.is_checked or call.is_announcement
+        call = self._post(call, AreaState.ON_BOARD if waits and is_met else AreaState.IN_GLOO, args)
+        if is_met:
             self._meet(call, waits=waits)
         arrived = time.monotonic_ns()
         self.board.move(self.rank, AreaState.IN_GLOO)
         try:
-            out = onward()
+            out = self._carried(name, call, args) if call.is_announcement else onward()
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if not is_blocking and not calls_from_autograd:
                 self._remember(replace(call, work=work))
@@ -250,8 +289,27 @@ class Interceptor:
             if not (is_blocking and operation.is_point_to_point):
                 self.board.move(self.rank, AreaState.NOWHERE)
         where = self.board.cell(self.rank) << 20 | call.line
-        self.board.note(self.rank, (_INDEX[name], call.key, call.sequence, num_bytes(args), started, arrived, time.monotonic_ns(), where))
+        row = (call.key, call.sequence, num_bytes(args), started, arrived, time.monotonic_ns(), where)
+        if call.called is None:
+            self.board.note(self.rank, (_INDEX[name], *row))
+        else:
+            call.called.add(calling.Row(*row), self._note)
         return out
+
+    def _note(self, name: str, row: calling.Row) -> None:
+        """Put one operation of ours in the ledger."""
+        self.board.note(self.rank, (LEDGER_NAMES.index(name), *row))
+
+    def _carried(self, name: str, call: Call, args: tuple[Any, ...]) -> Any:
+        """Give what the members announced: it stands on the board, so gloo is not asked."""
+        rows = next(iter(tensors_in(args[0]))).view(len(call.group.ranks), -1)
+        for row, member in zip(rows, call.group.ranks, strict=True):
+            data = self.board.data(member, call.key, call.sequence)
+            if data is None:  # without the check, another operation of this rank was not noticed before
+                texts = self.board.texts(call.key, call.sequence, call.group.ranks)
+                raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
+            row.copy_(torch.frombuffer(data, dtype=torch.uint8))
+        return dropped(name, args)
 
     def _tell_hooks(self, call: Call, args: tuple[Any, ...], work: Any, *, is_blocking: bool) -> None:
         """Show hooks what a call gave; an asynchronous collective is waited for first. A receive is shown when its caller has waited."""
@@ -286,12 +344,19 @@ class Interceptor:
             is_send = operation.name == "send"
             key = self._channel(group, self.rank, peer, args[3]) if is_send else self._channel(group, peer, self.rank, args[3])
             peers, text = (() if is_send else (peer,)), f"{text} {'to' if is_send else 'from'} rank {peer}"
-        line, place = place_of(frame, text)
-        return Call(operation=operation, group=group, key=key, peers=peers, sources=sources, text=text, line=line, place=place)
+        called = None if operation.is_point_to_point else calling.called_now()
+        line, place = place_of(frame, text if called is None else called.text)
+        return Call(
+            operation=operation, group=group, key=key, peers=peers, sources=sources, text=text, line=line, place=place, called=called
+        )
 
-    def _post(self, call: Call, state: AreaState) -> Call:
-        """Put a call on the board, which gives it its number."""
-        return replace(call, sequence=self.board.begin(self.rank, call.key, call.text.encode(), state, call.place, call.line))
+    def _post(self, call: Call, state: AreaState, args: tuple[Any, ...] = ()) -> Call:
+        """Put a call on the board, which gives it its number; an announcement stands there as a whole."""
+        data = args[1].numpy().data if call.is_announcement else None
+        compared = call.text.encode()
+        shown = call.shown.encode()
+        sequence = self.board.begin(self.rank, call.key, shown, state, call.place, call.line, compared=compared, data=data)
+        return replace(call, sequence=sequence)
 
     def _channel(self, group: KnownGroup, source: int, target: int, tag: int) -> int:
         """The directed channel of a send or recv: counted on both ends like a group of its own."""
@@ -300,7 +365,7 @@ class Interceptor:
     def _know_channel(self, group: KnownGroup, identity: str, name: str, ranks: tuple[int, ...]) -> int:
         key = key_of(f"{group.key}:{identity}")
         if key not in self._channels:
-            self._channels.add(key)
+            self._channels[key] = group.key
             self._announce(KnownGroup(key=key, name=f"{name} in {group.name}", ranks=ranks, generation=group.generation))
         return key
 
