@@ -97,7 +97,7 @@ class Bench:
 
             free, total = torch.cuda.mem_get_info()
             return int(total - free)
-        from workbench.rollout.memory import read_pss_bytes
+        from workbench.ranks.memory import read_pss_bytes
 
         return sum(map(read_pss_bytes, engine.pids))
 

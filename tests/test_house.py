@@ -15,18 +15,21 @@ import workbench
 
 PACKAGE = Path(workbench.__file__).parent
 LEAVES = {"errors", "records"}
-RECORDS = LEAVES | {"plan", "frames", "store", "view", "run"}  # the side of saved runs and figures: no processes
+RECORDS = LEAVES | {"home", "plan", "frames", "store", "view", "run", "live"}  # the side of saved runs and figures: no processes
 MAY_IMPORT = {  # part -> parts that it may import; one that is not here (cli, ...) may import all, and none of these may import it
     "errors": {"records"},
     "records": set[str](),
     "plan": LEAVES,
-    "ranks": LEAVES | {"plan"},
+    "environment": set[str](),
+    "home": set[str](),
+    "ranks": LEAVES | {"plan", "environment", "home"},
     "models": LEAVES | {"plan"},
-    "rollout": LEAVES | {"plan", "ranks", "models", "run", "store", "environment"},  # what it ran is told as a Run
+    "rollout": LEAVES | {"plan", "ranks", "models", "run", "live", "store", "environment"},  # what it ran is told as a Run
     "learn": LEAVES | {"plan", "ranks", "models", "rollout"},
     "frames": LEAVES | {"plan"},
     "store": RECORDS,
     "run": RECORDS,
+    "live": RECORDS,
     "view": LEAVES | {"plan", "frames"},
 }
 HOMES = {  # heavy package -> where its import may stand

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from workbench.rollout.memory import MemorySampler, read_held_bytes, read_pss_bytes
+from workbench.ranks.memory import MemorySampler, read_held_bytes, read_pss_bytes
 
 MIB = 2**20
 # Says "ready", then holds 64 MiB more after the first line it reads, and ends after the second.

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Absent",
+    "ClusterSnapshot",
     "CollectiveStep",
     "CollectiveTrace",
     "Diagnosis",
     "EngineMemory",
+    "EngineNow",
     "EngineStatus",
     "FinishReason",
+    "FinishedCompletion",
     "GatheredPrompts",
     "Held",
     "MemorySample",
@@ -59,6 +62,7 @@ class RankStatus:
         rss_bytes: resident memory, shared pages included.
         private_bytes: memory that would come back if the rank ended (USS).
         waits_in: the collective it waits in ("all_reduce #3 of world"), "" when none.
+        waits_s: how long it has waited there, seconds.
     """
 
     rank: int
@@ -68,6 +72,7 @@ class RankStatus:
     rss_bytes: int
     private_bytes: int
     waits_in: str
+    waits_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,6 +237,25 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedCompletion:
+    """A completion that has just ended, told while its rollout still runs.
+
+    Attributes:
+        prompt_index: index of the prompt on its origin rank.
+        finish_reason: "stop", "length" or "abort".
+        at_s: when it ended.
+    """
+
+    step: int
+    origin_rank: int
+    prompt_index: int
+    sample_index: int
+    length_tokens: int
+    finish_reason: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatheredPrompts:
     """All prompts of a group in rank order; rank r's own are prompts[offsets[r]:offsets[r + 1]].
 
@@ -337,6 +361,8 @@ class Waiter:
         missing: ranks it waits for.
         for_s: seconds it has waited.
         line: line of the cell, 0 where unknown; source: that line's text.
+        has_limit: the wait ends by itself, after a time that the caller chose.
+        ranks: members of the group.
     """
 
     rank: int
@@ -348,6 +374,8 @@ class Waiter:
     line: int
     source: str
     is_inside_gloo: bool = False
+    has_limit: bool = False
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,12 +384,28 @@ class Absent:
 
     Attributes:
         cause: "finished the cell without it", "is not in this cell", "is dead", "is computing", "waits elsewhere", ...
-        where: what it does now: line, source text and innermost Python frames, "" where unknown.
+        where: what it does now: line and source text of the cell, "" where unknown.
+        cell: number of its cell, 0 where it is in none.
+        stack: its Python frames from the cell inwards, as tracebacks show them; "" where unknown.
+        native: its innermost frames, native ones too, "" where nobody looked or was allowed to.
     """
 
     rank: int
     cause: str
     where: str
+    cell: int = 0
+    stack: str = ""
+    native: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is known of it, in lines."""
+        lines = [f"rank {self.rank} {self.cause}" + (f": {self.where}" if self.where else "")]
+        if self.stack.count("File ") > 1:  # one frame is the line that was told already
+            lines += ["Python stack:", *("  " + line for line in self.stack.splitlines())]
+        if self.native:
+            lines += ["native stack, innermost first:", *("  " + line for line in self.native.splitlines())]
+        return "\n    ".join(lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,12 +416,15 @@ class Diagnosis:
         waiting: rank -> what it waits in.
         missing: rank -> why it is not there.
         sentence: the cause in one sentence.
+        is_certain_deadlock: some of these waits can never end.
+        circle: ranks that wait for each other for ever, () when the cause is another.
     """
 
     waiting: dict[int, Waiter] = field(default_factory=dict)
     missing: dict[int, Absent] = field(default_factory=dict)
     sentence: str = ""
     is_certain_deadlock: bool = False
+    circle: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
@@ -386,8 +433,7 @@ class Diagnosis:
         for w in self.waiting.values():
             place = f", line {w.line}: {w.source}" if w.line else ""
             lines.append(f"  rank {w.rank} waits in {w.op} #{w.sequence} of group {w.group!r} since {w.for_s:.1f} s{place}")
-        for a in self.missing.values():
-            lines.append(f"  rank {a.rank} {a.cause}" + (f": {a.where}" if a.where else ""))
+        lines += [f"  {a.text}" for a in self.missing.values()]
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -400,12 +446,51 @@ class Diagnosis:
             for w in self.waiting.values()
         )
         absent = "".join(
-            f"<tr><td>{a.rank}</td><td><b>{html.escape(a.cause)}</b></td><td></td><td>{html.escape(a.where)}</td></tr>"
+            f"<tr><td>{a.rank}</td><td><b>{html.escape(a.cause)}</b></td><td></td><td>{html.escape(a.where)}{_stacks_html(a)}</td></tr>"
             for a in self.missing.values()
         )
         head = "<tr><th>rank</th><th>what it does</th><th>for</th><th>where</th></tr>"
         table = f"<table>{head}{waits}{absent}</table>" if waits or absent else ""
         return f"<div>{html.escape(self.sentence or 'no rank waits in a collective')}</div>{table}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineNow:
+    """One engine of a cluster at one moment.
+
+    Attributes:
+        name: what it is ("tiny, vllm, rooted").
+        phase: what it does ("start", "generate", "sleep", "wake_up", "update_weights"), "" when nothing.
+        pids: its processes, in rank order.
+    """
+
+    name: str
+    status: str
+    phase: str
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSnapshot:
+    """A cluster at one moment, as a live view shows it.
+
+    Attributes:
+        cell: name of the cell that runs, "" when none; cell_s: for how long it has run.
+        diagnosis: who waits for whom, once a wait has lasted 2 s; None before.
+        memory: one sample of each process.
+        events: marks, and sleeps, wakes and generates that have begun or ended since the snapshot before.
+    """
+
+    time_s: float
+    generation: int
+    cell: str
+    cell_s: float
+    ranks: tuple[RankStatus, ...]
+    diagnosis: Diagnosis | None
+    engines: tuple[EngineNow, ...]
+    memory: tuple[MemorySample, ...]
+    events: tuple[Span, ...]
+    is_closed: bool
 
 
 Held = tuple[float, ...] | str | None  # a part of a collective as a record keeps it: its values, words where they are many, or not held
@@ -454,7 +539,7 @@ class CollectiveTrace:
         op: "all_reduce (sum)", "gather", "rooted rollout", ...
         members: names, in group order: "rank 0", ..., "engine".
         parts: names of the parts that the whole is cut into.
-        steps: the first has no transfers: what each member gives.
+        steps: the first and the last have no transfers: what each member gives, and what it has in the end.
         results: parts that make up each member's result, [num_members].
         dtype: of the values, "" where they are none.
         max_difference: of the result from that of torch.distributed's own collective on the same input; None where there is none to
@@ -477,3 +562,8 @@ class CollectiveTrace:
 
 def _place_html(line: int, source: str) -> str:
     return f"line {line}: <code>{html.escape(source)}</code>" if line else ""
+
+
+def _stacks_html(absent: Absent) -> str:
+    stacks = (("Python stack", absent.stack if absent.stack.count("File ") > 1 else ""), ("native stack", absent.native))
+    return "".join(f"<details><summary>{name}</summary><pre>{html.escape(text)}</pre></details>" for name, text in stacks if text)

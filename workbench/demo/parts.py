@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from workbench import models
 from workbench.errors import EngineError
+from workbench.ranks.memory import MemorySampler
 from workbench.ranks.progress import Progress
-from workbench.rollout.memory import MemorySampler
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -20,18 +20,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from workbench.errors import ClusterBusy, ClusterClosed, LaunchError, RankFailed, RankInterrupted
 from workbench.plan.layout import Layout
 from workbench.plan.selector import Selector, select_ranks
 from workbench.ranks.channel import Packed, pack
+from workbench.ranks.failures import FailureKeeper
 from workbench.ranks.faults import Fault, arm, check_faults, disarm
 from workbench.ranks.handle import ActiveCell, CellHandle
 from workbench.ranks.ledger import ledger_frame, write_perfetto
 from workbench.ranks.messages import RunCell, Task
+from workbench.ranks.observer import Observed, Observer, rank_status, read_memory
 from workbench.ranks.processes import Processes
-from workbench.records import CollectiveTrace, Diagnosis, RankState, RankStatus
+from workbench.records import CollectiveTrace, Diagnosis, RankStatus
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,6 +54,9 @@ class Cluster:
         self._lock = threading.Lock()
         self._is_closed = False
         self._owned: list[Callable[[], None]] = []
+        self._failures = FailureKeeper(processes.tape_folder)
+        if processes.options.records_failures:
+            self._conductor.on_ended.append(self._failures)
         self._finalizer = weakref.finalize(self, _close, processes, self._owned)
 
     # -- what it is ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +95,11 @@ class Cluster:
         return self._conductor.last_diagnosis
 
     @property
+    def last_tape(self) -> Path | None:
+        """Folder of the tapes of the last cell that failed, for `wb.replay`; kept with `launch(..., record="failures")`."""
+        return self._failures.last
+
+    @property
     def marks(self) -> list[tuple[float, str]]:
         """(monotonic time, label) of each `mark`, the ranks' too."""
         return self._processes.marks
@@ -106,25 +114,14 @@ class Cluster:
     def status(self) -> list[RankStatus]:
         """Every rank as seen from outside, also while all of them are stuck."""
         cell = self._conductor.active
-        return [self._status_of(rank, cell) for rank in range(self.world_size)]
+        return [
+            rank_status(self._processes, link.rank, cell, (0, 0) if link.is_dead else read_memory(link.pid))
+            for link in self._processes.links
+        ]
 
-    def _status_of(self, rank: int, cell: ActiveCell | None) -> RankStatus:
-        link = self._processes.links[rank]
-        rss = private = 0
-        if not link.is_dead:
-            with contextlib.suppress(psutil.Error):
-                memory = psutil.Process(link.pid).memory_full_info()
-                rss, private = memory.rss, memory.uss
-        is_running = cell is not None and rank in cell.pending
-        state = RankState.DEAD if link.is_dead else RankState.RUNNING if is_running else RankState.IDLE
-        waits_in = ""
-        if is_running and cell is not None:
-            posted = self._conductor.board.read(rank)
-            if posted.state and posted.cell == cell.number:
-                group = self._conductor.groups.get(posted.key)
-                waits_in = f"{posted.place.text.partition('(')[0]} #{posted.sequence} of {group.name if group else '?'}"
-        number = cell.number if is_running and cell is not None else None
-        return RankStatus(rank=rank, pid=link.pid, state=state, cell=number, rss_bytes=rss, private_bytes=private, waits_in=waits_in)
+    def observe(self) -> Observer:
+        """Looks at the ranks and engines from outside, cheaply and often: what `wb.view.live` reads."""
+        return Observer(self._processes)
 
     def __repr__(self) -> str:
         if self._is_closed:
@@ -232,16 +229,18 @@ class Cluster:
         Raises:
             ValueError: the folder holds something already.
         """
-        from workbench.ranks.tape import start_tape, stop_tape  # here: it brings torch, which launch imports while the ranks start
+        from workbench.ranks.recording import start_tape, stop_tape  # here: it brings torch, which launch imports while the ranks start
 
         target = Path(folder).resolve()
         if target.exists() and any(target.iterdir()):
             raise ValueError(f"{target} holds {sorted(p.name for p in target.iterdir())[:3]} already; a tape needs a folder of its own")
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._house(start_tape, str(target))
+        self._failures.rests = True
         try:
             yield target
         finally:
+            self._failures.rests = False
             self._house_where_alive(stop_tape)
 
     @contextmanager
@@ -464,9 +463,11 @@ class Cluster:
 
     # -- end ----------------------------------------------------------------------------------------------------------------------------
 
-    def own(self, close: Callable[[], None]) -> None:
-        """Have something closed with the cluster, before its ranks."""
+    def own(self, close: Callable[[], None], observed: Observed | None = None) -> None:
+        """Have something closed with the cluster, before its ranks; live views also show what is `observed`."""
         self._owned.append(close)
+        if observed is not None:
+            self._processes.observed.append(observed)
 
     def close(self) -> None:
         """End the ranks and all that belongs to them; may be called twice."""

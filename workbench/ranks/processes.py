@@ -24,6 +24,7 @@ from workbench.ranks.conductor import Conductor
 from workbench.ranks.doctor import write_owner
 from workbench.ranks.forkserver import FOLDER_VARIABLE
 from workbench.ranks.link import Link
+from workbench.ranks.observer import Observed
 from workbench.ranks.servers import ForkServer, describe_exit, fork_server
 
 __all__ = ["PRELOAD", "LaunchOptions", "Processes"]
@@ -43,6 +44,7 @@ class LaunchOptions:
         collective_timeout_s: gloo's own last resort; stops and the deadlock rule act long before it.
         check_collectives: compare what members are about to do before each collective.
         start_method: "forkserver" (warm, 0.1 s) or "spawn" (each rank imports for itself).
+        records_failures: each rank keeps a tape, of which the cell that failed is taken.
     """
 
     world_size: int
@@ -50,6 +52,7 @@ class LaunchOptions:
     collective_timeout_s: float
     check_collectives: bool
     start_method: str
+    records_failures: bool = False
 
 
 class Processes:
@@ -59,7 +62,11 @@ class Processes:
         self.options = options
         self.world_size = options.world_size
         self.marks: list[tuple[float, str]] = []
+        self.observed: list[Observed] = []  # engines of this cluster, for live views
         self.folder = Path(tempfile.mkdtemp(prefix="workbench-"))  # mkdtemp makes it 0700
+        self.tape_folder = self.folder / "tapes"
+        if options.records_failures:
+            self.tape_folder.mkdir(mode=0o700)
         self.layout: Layout | None = None  # in use since `cluster.use`; fresh ranks form its groups too
         self._owner = os.getpid()
         self._key = secrets.token_hex(32)
@@ -129,6 +136,7 @@ class Processes:
             is_checked=self.options.check_collectives,
             num_threads=max(1, len(os.sched_getaffinity(0)) // self.world_size),
             layout=self.layout,
+            tape_folder=str(self.tape_folder) if self.options.records_failures else "",
         )
         link.start(self._server, config, self.board, self._environment(link.rank), self.conductor.exited)
 
@@ -150,6 +158,10 @@ class Processes:
             KEY_VARIABLE: self._key,  # with which our own object operations are signed
         }
         return {**os.environ, **{name: str(value) for name, value in ours.items()}}
+
+    @property
+    def is_closed(self) -> bool:
+        return self._is_closed
 
     def close(self) -> None:
         """End every rank: close its channel, and kill what has not ended by then."""

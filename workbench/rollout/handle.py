@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench.errors import EngineError
-from workbench.records import EngineStatus, Prompt, RolloutBatch, Sampling, SleepReport, Span
+from workbench.ranks.memory import NvmlMemory, read_held_bytes
+from workbench.records import EngineNow, EngineStatus, Prompt, RolloutBatch, Sampling, SleepReport, Span
 from workbench.rollout.client import Address, EngineClient
 from workbench.rollout.engine import PhaseTimes
-from workbench.rollout.memory import NvmlMemory, read_held_bytes
+from workbench.rollout.finished import FinishedReader
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,6 +71,7 @@ class EngineHandle:
         self._hosts = list(hosts)
         self._is_closed = False
         self._step = -1
+        self._phases: deque[tuple[float, str]] = deque([(time.monotonic(), "")], maxlen=1000)  # since when it does what
         self._device = NvmlMemory.open()
         self._threads = ThreadPoolExecutor(max_workers=len(hosts), thread_name_prefix="workbench-engine")
 
@@ -112,7 +116,8 @@ class EngineHandle:
         if isinstance(prompts, str):
             raise ValueError(f"prompts is one text, {prompts[:80]!r}; generate takes a list of prompts: [{prompts[:20]!r}]")
         first = self._hosts[: self.spec.tp]
-        batches = self._each(lambda host: host.client.generate(prompts, sampling, num_samples=num_samples), first)
+        with self.in_phase("generate"):
+            batches = self._each(lambda host: host.client.generate(prompts, sampling, num_samples=num_samples), first)
         return batches[0]
 
     def sleep(self, level: int = 1) -> PhaseTimes:
@@ -129,7 +134,8 @@ class EngineHandle:
             raise ValueError(f"sleep level is {level!r}; it must be 0 (pause), 1 (weights to a file) or 2 (weights discarded)")
         before = read_held_bytes(self.pids, self._device)
         start = time.monotonic()
-        times = self._each(lambda host: host.client.sleep(level))
+        with self.in_phase("sleep"):
+            times = self._each(lambda host: host.client.sleep(level))
         end = time.monotonic()
         after = read_held_bytes(self.pids, self._device)
         if not times[0].note:
@@ -143,7 +149,8 @@ class EngineHandle:
         self._check_alive()
         before = read_held_bytes(self.pids, self._device)
         start = time.monotonic()
-        times = self._each(lambda host: host.client.wake_up(tags))
+        with self.in_phase("wake_up"):
+            times = self._each(lambda host: host.client.wake_up(tags))
         end = time.monotonic()
         if not times[0].note:
             self.spans.append(Span(step=self._step, rank=-1, span="wake_up", start_s=start, end_s=end))
@@ -156,7 +163,8 @@ class EngineHandle:
         self._check_alive()
         pairs = [(name, tensor.detach().cpu()) for name, tensor in named_tensors]
         start = time.monotonic()
-        self._each(lambda host: host.client.update_weights(pairs, version))
+        with self.in_phase("update_weights"):
+            self._each(lambda host: host.client.update_weights(pairs, version))
         self.spans.append(Span(step=self._step, rank=-1, span="update_weights", start_s=start, end_s=time.monotonic()))
 
     def memory(self) -> pd.DataFrame:
@@ -168,6 +176,31 @@ class EngineHandle:
         return pd.DataFrame(
             [{**asdict(row), "rank": host.rank, "pid": host.address.pid} for row, host in zip(rows, self._hosts, strict=True)]
         )
+
+    @contextmanager
+    def in_phase(self, phase: str) -> Iterator[None]:
+        """Say what the engine does within the block, to who looks on."""
+        self._phases.append((time.monotonic(), phase))
+        try:
+            yield
+        finally:
+            self._phases.append((time.monotonic(), ""))
+
+    def now(self) -> EngineNow | None:
+        """What it is and does at this moment; None once it was closed. From any thread."""
+        if self._is_closed:
+            return None
+        name = f"{self.spec.model}, {self.spec.backend}, {self.spec.mode}"
+        return EngineNow(name=name, status=self.status, phase=self._phases[-1][1], pids=tuple(self.pids))
+
+    def events_since(self, time_s: float) -> list[Span]:
+        """What it began after a time on the monotonic clock, as spans without length; from any thread."""
+        begun = [(at_s, phase) for at_s, phase in self._phases.copy() if phase and at_s > time_s]
+        return [Span(step=self._step, rank=-1, span=phase, start_s=at_s, end_s=at_s) for at_s, phase in begun]
+
+    def finished_readers(self) -> list[FinishedReader]:
+        """One an engine process: what it tells of completions that have ended."""
+        return [FinishedReader(host.address.path) for host in self._hosts]
 
     def at_step(self, step: int) -> None:
         """Label spans and sleep reports that follow with a rollout's step."""

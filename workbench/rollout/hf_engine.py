@@ -109,6 +109,8 @@ class HFEngine(LocalEngine):
                 if logprobs is not None:
                     row.logprobs.append(float(logprobs[index, token]))
                 self._check_end(row, sampling)
+                if row.finish is not None:
+                    self._tell(row.request, len(row.tokens), row.finish)
         return tokens
 
     def _check_end(self, row: _Row, sampling: Sampling) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 from workbench.errors import EngineError
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
 from workbench.records import EngineStatus
+from workbench.rollout.finished import FinishedWriter
 
 __all__ = ["Abort", "Call", "HostConfig", "Reply", "TOKEN_BYTES", "main"]
 
@@ -124,7 +125,7 @@ class _Host:
             args, kwargs = unpack(value) if value is not None else ((), {})
             if call.verb not in _VERBS:
                 raise EngineError(f"an engine process was asked for {call.verb!r}; it knows {', '.join(_VERBS)}")
-            result = pack(getattr(self.engine, call.verb)(*args, **kwargs))
+            result = pack(self._call(call.verb, args, kwargs))
             self.running = None
         except KeyboardInterrupt:
             error, was_aborted = f"{call.verb} was interrupted", True
@@ -144,6 +145,17 @@ class _Host:
             writer.send(reply, result)
         if call.verb == "close":
             os._exit(0)
+
+    def _call(self, verb: str, args: Any, kwargs: Any) -> Any:
+        if verb != "generate" or self.config.tp_rank:  # members of one engine complete the same; the first tells
+            return getattr(self.engine, verb)(*args, **kwargs)
+        self.engine.on_finished = told = FinishedWriter.open(self.config.address)
+        try:
+            return self.engine.generate(*args, **kwargs)
+        finally:
+            self.engine.on_finished = None
+            if told is not None:
+                told.close()
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self.running is not None:

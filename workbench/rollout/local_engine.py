@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil
 
 from workbench.errors import EngineError
-from workbench.records import EngineMemory, EngineStatus, Prompt, RolloutBatch, Sampling
+from workbench.records import EngineMemory, EngineStatus, FinishedCompletion, FinishReason, Prompt, RolloutBatch, Sampling
 from workbench.rollout.batch import Completion, pack_completions
 from workbench.rollout.checkpoint import Checkpoint
 from workbench.rollout.engine import Origin, PhaseTimes
@@ -30,7 +31,11 @@ __all__ = ["LocalEngine"]
 
 
 class LocalEngine(ABC):
-    """An `Engine` in this process; a subclass sets `_reader`, `_checkpoint` and `_bytes` and then `_is_started`."""
+    """An `Engine` in this process; a subclass sets `_reader`, `_checkpoint` and `_bytes` and then `_is_started`.
+
+    Attributes:
+        on_finished: called with each completion as it ends, while `generate` goes on; None when nobody listens.
+    """
 
     _reader: PromptReader
     _checkpoint: Checkpoint
@@ -46,6 +51,8 @@ class LocalEngine(ABC):
         self._version = 0
         self._entropy = secrets.randbits(62)  # what unseeded samples are drawn from
         self._num_calls = 0
+        self._at_step = 0  # of the rollout, as the latest generate was told
+        self.on_finished: Callable[[FinishedCompletion], None] | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._model}: {self.status}, weights version {self._version}>"
@@ -77,6 +84,7 @@ class LocalEngine(ABC):
     ) -> RolloutBatch:
         """See `Engine.generate`. Without `Sampling.seed` each call draws afresh."""
         self._check_awake()
+        self._at_step = step
         where = [Origin(rank=0, index=i) for i in range(len(prompts))] if origins is None else list(origins)
         try:
             requests = expand(prompts, sampling, num_samples=num_samples, origins=where, step=step)
@@ -87,6 +95,22 @@ class LocalEngine(ABC):
         completions = self._complete(self._seeded(requests, sampling), ids, sampling, lengths) if requests else []
         return pack_completions(
             prompts, requests, completions, num_prompt_tokens=lengths, weight_version=self._version, with_logprobs=sampling.logprobs
+        )
+
+    def _tell(self, request: Request, length_tokens: int, finish: FinishReason) -> None:
+        """Tell who listens that a completion has ended."""
+        if self.on_finished is None:
+            return
+        self.on_finished(
+            FinishedCompletion(
+                step=self._at_step,
+                origin_rank=request.origin.rank,
+                prompt_index=request.origin.index,
+                sample_index=request.sample_index,
+                length_tokens=length_tokens,
+                finish_reason=finish.label,
+                at_s=time.monotonic(),
+            )
         )
 
     def _check_awake(self) -> None:

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from workbench import models
 from workbench.environment import describe_environment, fingerprint_model
 from workbench.errors import EngineError
+from workbench.ranks.memory import MemorySampler
 from workbench.records import RolloutBatch, Sampling, Span
 from workbench.rollout.client import Address, EngineClient
+from workbench.rollout.following import Live, followed
 from workbench.rollout.handle import EngineHandle
-from workbench.rollout.memory import MemorySampler
 from workbench.rollout.shards import Shard, shard_prompts
 from workbench.rollout.start import check_mode, start_engine
 from workbench.run import Run
@@ -68,6 +69,7 @@ def rollout(
     num_steps: int = 1,
     on_error: str = "raise",
     keep: bool = True,
+    live: Live = False,
     **engine_options: Any,
 ) -> Run:
     """Run real rollouts over the ranks.
@@ -82,6 +84,7 @@ def rollout(
         sleep_level: how deep the engine sleeps after each step; None keeps it awake.
         on_error: "keep" brings a prompt that fails back as a failed completion.
         keep: also keep the run among the last 20 of `wb.runs()`.
+        live: show lengths and memory while it runs: a widget in a notebook, a line elsewhere; a function gets the `LiveRun` instead.
 
     Returns:
         The records of the run.
@@ -98,15 +101,14 @@ def rollout(
     shards = shard_prompts(prompts, cluster.world_size, num_samples=num_samples)
     started = time.monotonic()
     start_spans: list[Span] = []
-    if engine is None:
-        engine = _own_engine(
-            cluster, start_spans, model=model, mode=mode, tp=tp, backend=backend, kv_cache_bytes=kv_cache_bytes, **engine_options
-        )
+    engine_options |= {"model": model, "mode": mode, "tp": tp, "backend": backend, "kv_cache_bytes": kv_cache_bytes}
+    engine = engine or _own_engine(cluster, start_spans, **engine_options)
     recorder = _Recorder(cluster, engine, started, start_spans)
-    for step in range(num_steps):
-        recorder.step(_order(engine, step, shards, sampling, scatter, on_error), sleep_level)
     options = {"num_steps": num_steps, "sleep_level": sleep_level, "scatter": scatter, "on_error": on_error}
-    run = recorder.run(_manifest(cluster, engine, sampling, options))
+    with followed(live, engine, recorder.sampler, num_steps=num_steps, start_s=started) as live_run:
+        for live_run.step in range(num_steps):
+            recorder.step(_order(engine, live_run.step, shards, sampling, scatter, on_error), sleep_level)
+        run = live_run.run = recorder.run(_manifest(cluster, engine, sampling, options))
     if keep:
         keep_run(run)
     return run
@@ -180,7 +182,8 @@ class _Recorder:
                 self.sampler.phase = "wake_up"
                 self.engine.wake_up()
             self.sampler.phase = "generate"
-            outcomes = self.cluster.run(run_step, order)
+            with self.engine.in_phase("generate"):
+                outcomes = self.cluster.run(run_step, order)
             for outcome in outcomes:
                 if outcome.error:
                     raise (ValueError if outcome.is_value_error else EngineError)(outcome.error)

@@ -88,7 +88,7 @@ def start_engine(
         engine_options=tuple(sorted((engine_options or {}).items())),
     )
     handle = _Starter(cluster, spec).start()
-    cluster.own(handle.close)
+    cluster.own(handle.close, handle)
     return handle
 
 

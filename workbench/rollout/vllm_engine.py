@@ -180,10 +180,35 @@ class VLLMEngine(LocalEngine):
         self, requests: Sequence[Request], ids: Sequence[list[int] | None], sampling: Sampling, lengths: list[int]
     ) -> list[Completion]:
         inputs = [_input(request.prompt, ids[request.prompt_index]) for request in requests]
-        outputs = self._run(inputs, _sampling_params(requests, sampling))
+        with self._telling(requests):
+            outputs = self._run(inputs, _sampling_params(requests, sampling))
         for request, output in zip(requests, outputs, strict=True):
             lengths[request.prompt_index] = len(output.prompt_token_ids)
         return [_completion(r, o, ids[r.prompt_index], sampling.logprobs) for r, o in zip(requests, outputs, strict=True)]
+
+    @contextmanager
+    def _telling(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Tell each request as it ends: vLLM numbers requests upwards, and its loop takes what has ended from `step`."""
+        if self.on_finished is None:
+            yield
+            return
+        engine, first = self._llm.llm_engine, self._llm.request_counter.counter
+        step = engine.step
+
+        def telling_step() -> Any:
+            outputs = step()
+            for output in outputs:
+                if output.finished:
+                    done = output.outputs[0]
+                    finish = _FINISH.get(done.finish_reason, FinishReason.ERROR)
+                    self._tell(requests[int(output.request_id) - first], len(done.token_ids), finish)
+            return outputs
+
+        engine.step = telling_step  # on this engine alone, for the length of the block
+        try:
+            yield
+        finally:
+            del engine.step
 
     def _run(self, inputs: list[dict[str, Any]], params: list[Any]) -> list[Any]:
         try:

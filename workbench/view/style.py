@@ -218,12 +218,12 @@ def add_legend(ax: Axes, handles: Sequence[Any]) -> None:
     if not isinstance(ax, PictureAxes):
         ax.legend(handles=list(handles), loc="best", frameon=True)
         return
-    figure = ax.get_figure(root=True)
-    assert isinstance(figure, Figure)
+    figure, part = ax.get_figure(root=True), ax.get_figure(root=False)  # the same, unless the figure has several parts
+    assert isinstance(figure, Figure) and part is not None
     font_pt = matplotlib.rcParams["legend.fontsize"]
     widest = max(len(str(handle.get_label())) for handle in handles) * 0.55 * font_pt + 5 * font_pt
     num_columns = max(1, min(len(handles), int(float(figure.get_size_inches()[0]) * 72 / widest)))
-    figure.legend(handles=list(handles), loc="outside lower center", ncols=num_columns, handlelength=1.6, columnspacing=1.4)
+    part.legend(handles=list(handles), loc="outside lower center", ncols=num_columns, handlelength=1.6, columnspacing=1.4)
 
 
 def show_empty(ax: Axes, text: str) -> Axes:

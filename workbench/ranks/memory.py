@@ -1,7 +1,7 @@
 """Memory of processes over time, read from outside them: the curve keeps moving while a rank is stuck.
 
-Knows pids and the names they were given. Does not know ranks, engines or spans: who runs a rollout tells it what to watch and which phase
-it is.
+Knows pids and the names they were given. Does not know cells, engines or spans: who runs a rollout or a live view tells it what to watch
+and which phase it is.
 
 The kernel walks every page of a process to tell its PSS: 30 ms of CPU for 1 GiB, 1 ms for an idle rank. Ten times a second that would slow
 down what is watched. So readings of PSS take at most a tenth of one core (`MAX_LOAD`), and between two readings PSS moves with RSS, which
@@ -88,13 +88,13 @@ class _Watched:
     rss_bytes: int = 0  # at the last reading
     next_reading_s: float = 0.0  # on the monotonic clock
 
-    def pss_now(self, rss_bytes: int, *, num_watched: int) -> int:
+    def pss_now(self, rss_bytes: int, *, num_watched: int, max_load: float) -> int:
         """PSS read or, when it is not yet due, moved with RSS; bytes."""
         began_s = time.monotonic()
         if began_s >= self.next_reading_s:
             self.pss_bytes, self.rss_bytes = read_pss_bytes(self.handle.pid), rss_bytes
             took_s = time.monotonic() - began_s
-            self.next_reading_s = began_s + took_s * num_watched / MAX_LOAD
+            self.next_reading_s = began_s + took_s * num_watched / max_load
         if self.pss_bytes == 0:  # cannot be read
             return 0
         return max(0, min(rss_bytes, self.pss_bytes + rss_bytes - self.rss_bytes))
@@ -104,14 +104,18 @@ class MemorySampler:
     """Samples chosen processes from a thread of the driver's, in a `with` block or from `start` to `stop`.
 
     Args:
+        max_load: cores that readings of PSS may take, all processes together.
         interval_s: seconds between samples. Each sample of all processes is one tick and carries one time.
         max_samples: when more are held, every second tick is dropped and the interval doubles: the whole time stays covered, ever coarser;
             `num_dropped` counts them.
         device: where device memory is read; by default NVML where there is a GPU.
     """
 
-    def __init__(self, *, interval_s: float = 0.1, max_samples: int = 100_000, device: DeviceMemory | None = None) -> None:
+    def __init__(
+        self, *, interval_s: float = 0.1, max_samples: int = 100_000, device: DeviceMemory | None = None, max_load: float = MAX_LOAD
+    ) -> None:
         self.interval_s = interval_s
+        self._max_load = max_load
         self.phase = ""
         self.num_dropped = 0
         self._max_samples = max_samples
@@ -143,6 +147,11 @@ class MemorySampler:
         with self._lock:
             return tuple(sample for tick in self._ticks for sample in tick)
 
+    def samples_since(self, time_s: float) -> list[MemorySample]:
+        """What was sampled after a time; may be asked while it runs."""
+        with self._lock:
+            return [sample for tick in self._ticks if tick and tick[0].time_s > time_s for sample in tick]
+
     def start(self) -> None:
         """Begin sampling; the first sample is taken at once. Again while it runs: nothing happens."""
         if self._thread is not None:
@@ -167,15 +176,20 @@ class MemorySampler:
 
     def sample(self) -> None:
         """Take one sample of every process now, from the calling thread."""
-        with self._lock:
-            watched = list(self._watched.values())
-        device = self._read_device()
-        now_s, phase = time.monotonic(), self.phase
-        tick = [sample for one in watched if (sample := _read(one, device, now_s, phase, num_watched=len(watched)))]
+        tick = self.read()
         with self._lock:
             self._ticks.append(tick)
             self._num_held += len(tick)
             self._thin_out()
+
+    def read(self) -> list[MemorySample]:
+        """One sample of every process that lives, not kept."""
+        with self._lock:
+            watched = list(self._watched.values())
+        device = self._read_device()
+        now_s, phase = time.monotonic(), self.phase
+        found = (_read(one, device, now_s, phase, num_watched=len(watched), max_load=self._max_load) for one in watched)
+        return [sample for sample in found if sample is not None]
 
     def _run(self) -> None:
         next_s = time.monotonic()
@@ -204,7 +218,7 @@ class MemorySampler:
             self._num_held = num_kept
 
 
-def _read(one: _Watched, device: dict[int, int], now_s: float, phase: str, *, num_watched: int) -> MemorySample | None:
+def _read(one: _Watched, device: dict[int, int], now_s: float, phase: str, *, num_watched: int, max_load: float) -> MemorySample | None:
     """A sample of one process; None once it has ended."""
     pid = one.handle.pid
     try:
@@ -221,7 +235,7 @@ def _read(one: _Watched, device: dict[int, int], now_s: float, phase: str, *, nu
         pid=pid,
         process=one.name,
         rss_bytes=rss_bytes,
-        pss_bytes=one.pss_now(rss_bytes, num_watched=num_watched),
+        pss_bytes=one.pss_now(rss_bytes, num_watched=num_watched, max_load=max_load),
         device_used_bytes=device.get(pid, 0),
         phase=phase,
     )
