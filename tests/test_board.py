@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from workbench.errors import GroupError
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.diagnosis import Scene, diagnose
 from workbench.ranks.messages import GroupFormed, Seen
@@ -119,12 +120,55 @@ def test_what_the_driver_reads_is_what_was_posted(board):
 
 
 def test_more_groups_than_there_is_room_for_are_refused(board):
-    for key in range(1, 257):
+    for key in range(1, 2049):
         arrive(board, 0, key=key)
-    with pytest.raises(OverflowError, match="rank 0 uses more than 256 groups and channels in one generation"):
-        arrive(board, 0, key=999)
+    with pytest.raises(GroupError) as refused:
+        arrive(board, 0, key=9999)
+    happened, seen, remedy = str(refused.value).splitlines()
+    assert happened == "rank 0 uses 2048 groups and channels of messages at once, and needs one more"
+    assert "each pair, direction and tag of send and recv" in seen and "group.destroy()" in remedy
+    assert arrive(board, 0, key=7) == 2  # those that are there go on
     board.reset(0)
-    assert arrive(board, 0, key=999) == 1 and board.count(0, 1) == 0
+    assert arrive(board, 0, key=9999) == 1 and board.count(0, 1) == 0
+
+
+def test_a_group_that_was_forgotten_makes_room_and_until_then_counts_on(board):
+    for key in range(1, 2049):
+        arrive(board, 0, key=key)
+    for key in (5, 3, 8):
+        board.forget(key)
+    assert arrive(board, 0, key=5) == 2  # somebody uses it again
+    assert arrive(board, 0, key=3000) == 1 and board.count(0, 3) == 0 and board.count(0, 8) == 1
+    assert arrive(board, 0, key=3001) == 1 and board.count(0, 8) == 0 and board.count(0, 5) == 2
+    with pytest.raises(GroupError):
+        arrive(board, 0, key=3002)
+
+
+def announce(board, rank, data, *, key=KEY):
+    return board.begin(rank, key, b"it", AreaState.ON_BOARD, b"it", 1, compared=b"same", data=memoryview(data))
+
+
+def test_data_stand_beside_a_text_until_the_announcement_after_the_next(board):
+    assert announce(board, 0, b"first") == 1 and bytes(board.data(0, KEY, 1)[:5]) == b"first"
+    arrive(board, 0)
+    arrive(board, 0)  # calls without data in between
+    assert announce(board, 0, b"fourth") == 4
+    assert bytes(board.data(0, KEY, 1)[:5]) == b"first" and bytes(board.data(0, KEY, 4)[:6]) == b"fourth"
+    announce(board, 0, b"fifth")
+    assert board.data(0, KEY, 1) is None and board.data(0, KEY, 2) is None and board.data(1, KEY, 1) is None
+    board.take_back(0, KEY)
+    assert board.data(0, KEY, 5) is None and bytes(board.data(0, KEY, 4)[:6]) == b"fourth"
+    announce(board, 0, b"again")
+    assert bytes(board.data(0, KEY, 5)[:5]) == b"again" and bytes(board.data(0, KEY, 4)[:6]) == b"fourth"
+    announce(board, 0, b"other", key=5)
+    assert bytes(board.data(0, 5, 1)[:5]) == b"other" and bytes(board.data(0, KEY, 5)[:5]) == b"again"
+
+
+def test_what_is_compared_may_differ_from_what_is_shown(board):
+    board.begin(0, KEY, b"Group.all_reduce(float32 [3])", AreaState.ON_BOARD, b"it", 1, compared=b"announcement")
+    board.begin(1, KEY, b"Group.barrier()", AreaState.ON_BOARD, b"it", 1, compared=b"announcement")
+    assert board.is_same(KEY, 1, b"announcement", (0, 1)) and not board.is_same(KEY, 1, b"barrier()", (0,))
+    assert board.texts(KEY, 1, (0, 1)) == {0: "Group.all_reduce(float32 [3])", 1: "Group.barrier()"}
 
 
 def test_the_ledger_keeps_the_last_rows(board):
@@ -201,7 +245,7 @@ def test_a_rank_that_computes_is_none_and_its_line_is_told(board):
     arrive(board, 0)
     found = scene(board, seen={1: (5, "slow()"), 2: (0, "")})
     assert not found.is_certain_deadlock
-    assert found.sentence == "rank 0 waits in barrier (line 3); rank 1 has not come, line 5: slow(); rank 2 is still computing"
+    assert found.sentence == "rank 0 waits in barrier (line 3); rank 1 has not come, line 5: slow(); rank 2 has not come"
 
 
 def test_the_dead_and_those_outside_the_cell_are_told(board):
@@ -215,7 +259,7 @@ def test_ranks_that_wait_elsewhere_are_told_where(board):
     arrive(board, 0)
     arrive(board, 1, b"send(x)", key=5, line=8)
     found = scene(board, members=(0, 1), ranks=(0, 1))
-    assert found.missing[1].cause == "is still computing"  # channel 5 is not known to the driver yet
+    assert found.missing[1].cause == "has not come"  # channel 5 is not known to the driver yet
     assert not found.is_certain_deadlock
 
 

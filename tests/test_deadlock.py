@@ -60,7 +60,7 @@ ASYNC = "if rank != 2:\n    w = dist.all_reduce(torch.ones(1), async_op=True)\n 
         ("if rank == 1:\n    dist.send(torch.ones(9), 3)", "rank 1 waits in send (line 2)", "rank 3"),
         ("if rank == 1:\n    dist.isend(torch.ones(9), 3).wait()", "rank 1 waits in send (line 2)", "rank 3"),
         ("if rank != 2:\n    dist.new_group([0, 1])", "ranks 0, 1, 3 wait in new_group (line 2)", "rank 2"),
-        ("if rank != 2:\n    group.barrier()", "ranks 0, 1, 3 wait in all_gather_into_tensor (line 2)", "rank 2"),
+        ("if rank != 2:\n    group.barrier()", "ranks 0, 1, 3 wait in barrier (line 2)", "rank 2"),
         ("if rank < 1:\n    o = [None] * 4\n    dist.all_gather_object(o, 1)", "rank 0 waits in all_gather (line 3)", "ranks 1, 2, 3"),
     ],
 )

@@ -23,18 +23,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
+from workbench.errors import GroupError
+
 __all__ = ["AreaState", "Board", "Place", "Posted", "Stopped"]
 
 _WORD = 8
-_NUM_SLOTS = 256
+_NUM_SLOTS = 2048  # groups, and directed channels of messages, of a rank; memory that was never written to costs nothing
 _RING = 4  # texts of the last collectives of a group: a peer is at most one ahead of a rank that waits
 _TEXT = 160
-_SLOT_WORDS = 2 + _RING * 2 + _RING * _TEXT // _WORD  # key, count, then (sequence, checksum) per ring place, then texts
+_DATA_BYTES = 2048  # what may stand beside a text for the peers to read
+_SLOT_WORDS = 2 + _RING * 2 + _RING * _TEXT // _WORD + 2  # key, count, (sequence, checksum) per ring place, texts, sequences of the data
 _HEAD_WORDS = 16
 _PLACE_BYTES = 512
 _LEDGER_ROWS = 4096
 _LEDGER_WORDS = 8
-_AREA_WORDS = _HEAD_WORDS + _PLACE_BYTES // _WORD + _NUM_SLOTS * _SLOT_WORDS + _LEDGER_ROWS * _LEDGER_WORDS
+_STARTED, _ARRIVED, _ENDED = 4, 5, 6  # words of a ledger row: times, ns
+_FIRST_SLOT = _HEAD_WORDS + _PLACE_BYTES // _WORD
+_FIRST_DATA = _FIRST_SLOT + _NUM_SLOTS * _SLOT_WORDS  # two places for each slot: a peer is at most one ahead of who still reads
+_AREA_WORDS = _FIRST_DATA + _NUM_SLOTS * 2 * _DATA_BYTES // _WORD + _LEDGER_ROWS * _LEDGER_WORDS
 
 # words of an area's head
 _BELL, _STOP, _CELL, _STATE, _KEY, _SEQUENCE, _SINCE, _LINE, _NUM_USED, _PLACE_SIZE, _NUM_LEDGER = range(11)
@@ -50,6 +56,8 @@ class AreaState(IntEnum):
     NOWHERE = 0
     ON_BOARD = 1  # waits for peers to arrive
     IN_GLOO = 2  # all have arrived (or nobody waited); the backend works
+    IN_STORE = 3  # asks a store again and again for what others of a stateless group bring, up to a time of its own
+    LIMITED = 4  # in the backend, up to a time that the caller chose
 
 
 class Stopped(BaseException):
@@ -99,6 +107,7 @@ class Board:
         self._anchor = (ctypes.c_char * len(self._map)).from_buffer(self._map)
         self._address = ctypes.addressof(self._anchor)
         self._slot_of: dict[tuple[int, int], int] = {}
+        self._forgotten: dict[int, None] = {}  # keys of this process's rank whose slots may be taken, oldest first
 
     @classmethod
     def create(cls, world_size: int) -> Board:
@@ -147,6 +156,7 @@ class Board:
         for word in (_STATE, _NUM_USED, _STOP):
             self._words[base + word] = 0
         self._slot_of.clear()
+        self._forgotten.clear()
 
     def ledger_rows(self, rank: int) -> list[tuple[int, ...]]:
         """The last collectives of a rank, oldest first: words as given to `note`."""
@@ -171,11 +181,29 @@ class Board:
         base = rank * _AREA_WORDS
         return 0 < self._words[base + _CELL] <= self._words[base + _STOP]
 
-    def begin(self, rank: int, key: int, text: bytes, state: AreaState, place: bytes, line: int) -> int:
+    def begin(
+        self,
+        rank: int,
+        key: int,
+        text: bytes,
+        state: AreaState,
+        place: bytes,
+        line: int,
+        *,
+        compared: bytes | None = None,
+        data: memoryview | None = None,
+    ) -> int:
         """Post that a rank has reached its next collective of a group.
+
+        Args:
+            compared: what must be equal on all members, where that is not the text itself.
+            data: at most 2,048 bytes for the peers to read.
 
         Returns:
             The collective's number in its group, from 1.
+
+        Raises:
+            GroupError: there is no room for another group.
         """
         w, base = self._words, rank * _AREA_WORDS
         slot = self._claim(rank, key)
@@ -186,8 +214,10 @@ class Board:
         w[slot + 2 + 2 * ring] = 0  # the number goes first and comes last: who reads it finds the text and checksum that belong to it
         self._bytes[start] = len(text)
         self._bytes[start + 1 : start + 1 + len(text)] = text
-        w[slot + 3 + 2 * ring] = zlib.crc32(text)
+        w[slot + 3 + 2 * ring] = zlib.crc32(text if compared is None else compared[: _TEXT - 1])
         w[slot + 2 + 2 * ring] = sequence
+        if data is not None:
+            self._write(rank, slot, sequence, data)
         self.show(rank, key, sequence, state, place, line)
         w[slot + 1] = sequence
         self._ring_bell(base)
@@ -215,6 +245,9 @@ class Board:
         ring = self._words[slot + 1] % _RING
         self._words[slot + 1] -= 1
         self._words[slot + 2 + 2 * ring] = 0  # else a peer that comes later would compare itself with what never happened
+        for place in range(2):
+            if self._words[slot + _SLOT_WORDS - 2 + place] > self._words[slot + 1]:
+                self._words[slot + _SLOT_WORDS - 2 + place] = 0
         self.move(rank, AreaState.NOWHERE)
 
     def wait(self, rank: int, key: int, sequence: int, peers: Sequence[int], is_stopped: Callable[[], bool]) -> None:
@@ -260,6 +293,19 @@ class Board:
                 found[member] = bytes(self._bytes[start + 1 : start + 1 + size]).decode(errors="replace")
         return found
 
+    def data(self, peer: int, key: int, sequence: int) -> memoryview | None:
+        """What a peer that has begun this collective wrote beside its text; None for nothing. Read it before this rank goes on."""
+        slot = self._find(peer, key)
+        for place in range(2):
+            if slot is not None and self._words[slot + _SLOT_WORDS - 2 + place] == sequence:
+                start = self._data_at(peer, slot, place)
+                return self._bytes[start : start + _DATA_BYTES]
+        return None
+
+    def forget(self, key: int) -> None:
+        """This process's rank is done with a group: another may take its slot, once there is no other room."""
+        self._forgotten[key] = None
+
     def has_arrived(self, key: int, sequence: int, peers: Sequence[int]) -> bool:
         """Whether every peer has begun this collective, and none has taken that back."""
         return all(self.count(peer, key) >= sequence for peer in peers)
@@ -277,14 +323,35 @@ class Board:
                 return False
         return True
 
-    def note(self, rank: int, row: Sequence[int]) -> None:
-        """Keep one finished collective in the rank's ledger (a ring: the oldest goes first)."""
+    def waits_in(self, rank: int, *, longer_than_s: float) -> tuple[int, int] | None:
+        """The (key, sequence) in which a rank has waited so long; None where it has not. Two words are read, not the whole area."""
+        base = rank * _AREA_WORDS
+        if self._words[base + _STATE] == AreaState.NOWHERE or time.monotonic_ns() - self._words[base + _SINCE] < longer_than_s * 1e9:
+            return None
+        return self._words[base + _KEY], self._words[base + _SEQUENCE]
+
+    def note(self, rank: int, row: Sequence[int]) -> int:
+        """Keep one finished collective in the rank's ledger (a ring: the oldest goes first).
+
+        Returns:
+            Its number, for `amend`.
+        """
         base = rank * _AREA_WORDS
         total = self._words[base + _NUM_LEDGER]
         at = base + _AREA_WORDS - _LEDGER_ROWS * _LEDGER_WORDS + (total % _LEDGER_ROWS) * _LEDGER_WORDS
         for offset, value in enumerate(row):
             self._words[at + offset] = value
         self._words[base + _NUM_LEDGER] = total + 1
+        return total
+
+    def amend(self, rank: int, number: int, *, waited_ns: int, end_ns: int) -> None:
+        """Complete the row of an asynchronous collective once it was waited for, if the ring still holds it."""
+        base = rank * _AREA_WORDS
+        if number < 0 or self._words[base + _NUM_LEDGER] - number > _LEDGER_ROWS:
+            return
+        at = base + _AREA_WORDS - _LEDGER_ROWS * _LEDGER_WORDS + (number % _LEDGER_ROWS) * _LEDGER_WORDS
+        self._words[at + _ARRIVED] = self._words[at + _STARTED] + waited_ns
+        self._words[at + _ENDED] = end_ns
 
     # -- inside -------------------------------------------------------------------------------------------------------------------------
 
@@ -294,7 +361,7 @@ class Board:
         if known is not None and self._words[known] == key:
             return known
         base = rank * _AREA_WORDS
-        first = base + _HEAD_WORDS + _PLACE_BYTES // _WORD
+        first = base + _FIRST_SLOT
         for index in range(self._words[base + _NUM_USED]):
             slot = first + index * _SLOT_WORDS
             if self._words[slot] == key:
@@ -305,17 +372,43 @@ class Board:
     def _claim(self, rank: int, key: int) -> int:
         slot = self._find(rank, key)
         if slot is not None:
+            self._forgotten.pop(key, None)
             return slot
         base = rank * _AREA_WORDS
         used = self._words[base + _NUM_USED]
-        if used >= _NUM_SLOTS:
-            raise OverflowError(f"rank {rank} uses more than {_NUM_SLOTS} groups and channels in one generation")
-        slot = base + _HEAD_WORDS + _PLACE_BYTES // _WORD + used * _SLOT_WORDS
-        for offset in range(1, 2 + 2 * _RING):
+        slot = base + _FIRST_SLOT + used * _SLOT_WORDS if used < _NUM_SLOTS else self._taken_over(rank)
+        for offset in (*range(2 + 2 * _RING), _SLOT_WORDS - 2, _SLOT_WORDS - 1):
             self._words[slot + offset] = 0
         self._words[slot] = key
-        self._words[base + _NUM_USED] = used + 1
+        self._words[base + _NUM_USED] = min(used + 1, _NUM_SLOTS)
         return slot
+
+    def _taken_over(self, rank: int) -> int:
+        """The slot of the group that was forgotten first."""
+        while self._forgotten:
+            slot = self._find(rank, next(iter(self._forgotten)))
+            self._forgotten.pop(next(iter(self._forgotten)))
+            if slot is not None:
+                return slot
+        raise GroupError(
+            f"rank {rank} uses {_NUM_SLOTS} groups and channels of messages at once, and needs one more\n"
+            "each group counts, and each pair, direction and tag of send and recv; those of destroyed groups do not\n"
+            "destroy groups that you are done with (group.destroy(), dist.destroy_process_group(pg)), or use fewer tags"
+        )
+
+    def _write(self, rank: int, slot: int, sequence: int, data: memoryview) -> None:
+        """Put data in the place whose content is older."""
+        at = slot + _SLOT_WORDS - 2
+        place = 0 if self._words[at] <= self._words[at + 1] else 1
+        start = self._data_at(rank, slot, place)
+        self._words[at + place] = 0
+        self._bytes[start : start + len(data)] = data
+        self._words[at + place] = sequence
+
+    def _data_at(self, rank: int, slot: int, place: int) -> int:
+        """Byte at which a slot's data begin."""
+        index = (slot - rank * _AREA_WORDS - _FIRST_SLOT) // _SLOT_WORDS
+        return (rank * _AREA_WORDS + _FIRST_DATA) * _WORD + (2 * index + place) * _DATA_BYTES
 
     def _ring_bell(self, base: int) -> None:
         address = self._address + (base + _BELL) * _WORD

@@ -12,8 +12,8 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 __all__ = ["Called", "Carrier", "Row", "announcing", "called_now", "carrier", "named", "set_carrier"]
 
@@ -23,8 +23,7 @@ T = TypeVar("T")
 _local = threading.local()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class Row(NamedTuple):
     """One call as the ledger keeps it; times in monotonic nanoseconds, `where` as the board packs it."""
 
     key: int
@@ -57,13 +56,13 @@ class Called:
     def add(self, row: Row, note: Callable[[str, Row], None]) -> None:
         """Take in one call of torch that belongs to it: all make one row, with the wait before the first."""
         num_bytes = 0 if self.is_announcing else row.num_bytes
-        first, self._note = self._row or replace(row, num_bytes=0), note
-        self._row = replace(first, num_bytes=first.num_bytes + num_bytes, ended=row.ended)
+        first, self._note = self._row or row._replace(num_bytes=0), note
+        self._row = first._replace(num_bytes=first.num_bytes + num_bytes, ended=row.ended)
 
     def end(self) -> None:
         """Put its row in the ledger."""
         if self._row is not None and self._note is not None:
-            self._note(self.name, replace(self._row, num_bytes=self._row.num_bytes + self.num_bytes))
+            self._note(self.name, self._row._replace(num_bytes=self._row.num_bytes + self.num_bytes))
 
 
 def called_now() -> Called | None:

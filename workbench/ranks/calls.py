@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from workbench.ranks import sockets
+from workbench.ranks.called import Called
 from workbench.ranks.operations import Operation
 
 __all__ = ["Call", "KnownGroup", "key_of", "mismatch_text", "place_of", "user_frame"]
@@ -52,6 +53,7 @@ class Call:
         text: what it is, with all that members must agree on.
         line, place: where it was called, for the driver.
         work: what its caller waits for, when it is asynchronous; held so that torch's object keeps its identity until then.
+        called: the operation of ours that makes this call.
     """
 
     operation: Operation
@@ -64,6 +66,17 @@ class Call:
     sequence: int = 0
     sources: Sequence[tuple[int, int]] = ()
     work: Any = None
+    called: Called | None = None
+
+    @property
+    def is_announcement(self) -> bool:
+        """Whether it is what one of our own operations tells its members before it begins."""
+        return self.called is not None and self.called.is_announcing
+
+    @property
+    def shown(self) -> str:
+        """What is shown where ranks met with different operations."""
+        return f"Group.{self.called.text}" if self.called is not None and self.is_announcement else self.text
 
 
 def key_of(text: str) -> int:

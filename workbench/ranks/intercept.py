@@ -28,8 +28,8 @@ import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
 from workbench.errors import CollectiveMismatch, StaleGroupError
-from workbench.ranks import sockets
 from workbench.ranks import called as calling
+from workbench.ranks import sockets
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
 from workbench.ranks.messages import ANY_SOURCE

@@ -25,9 +25,8 @@ def ledger_frame(board: Board, groups: Mapping[int, GroupFormed]) -> pd.DataFram
     """
     import pandas as pd
 
-    from workbench.ranks.operations import OPERATIONS
+    from workbench.ranks.operations import LEDGER_NAMES as names
 
-    names = [operation.name for operation in OPERATIONS.values()]
     rows = []
     for rank in range(board.world_size):
         for op, key, sequence, size, start, arrived, end, where in board.ledger_rows(rank):

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 import torch.distributed.distributed_c10d as c10d
 
-__all__ = ["NEW_GROUP", "OPERATIONS", "Operation", "inputs_of", "num_bytes", "remember_reduce_ops", "tensors_in"]
+__all__ = [
+    "GROUP_OPERATIONS",
+    "LEDGER_NAMES",
+    "NEW_GROUP",
+    "OPERATIONS",
+    "Operation",
+    "inputs_of",
+    "num_bytes",
+    "remember_reduce_ops",
+    "tensors_in",
+]
 
 _last = (
     threading.local()
@@ -133,5 +143,11 @@ OPERATIONS: dict[str, Operation] = {
     "recv_any_source_": Operation("recv_any", 1, -1, lambda a: f"recv_any({_shapes(a[0])})", is_point_to_point=True),
     "recv_": Operation("recv", 1, -1, lambda a: f"recv({_shapes(a[0])})", is_point_to_point=True),
 }
+
+GROUP_OPERATIONS = (
+    "all_gather_object", "all_gatherv", "broadcast_object", "broadcast_object_list", "broadcast_tensor_dict", "combine",
+    "create_mq_broadcaster", "create_single_reader_mq_broadcasters", "dispatch", "gather_object", "reduce_metrics", "reduce_scatterv",
+)  # fmt: skip
+LEDGER_NAMES = (*(operation.name for operation in OPERATIONS.values()), *GROUP_OPERATIONS)  # a row of the ledger holds an index of these
 
 NEW_GROUP = Operation("new_group", -1, -1, lambda a: "new_group()")  # no operator of torch, but a call that all ranks make together
