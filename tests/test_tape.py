@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,22 @@ from workbench.ranks.cluster import Cluster
 def cluster() -> Iterator[Cluster]:
     with wb.launch(3) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def taped(cluster, tmp_path) -> Callable[..., Path]:
+    """Record cells and give the folder of their tapes; `raises` is what the last one raises."""
+
+    def record(*sources: str, raises: type[Exception] | None = None) -> Path:
+        folder = tmp_path / "tape"
+        with cluster.record(folder):
+            for source in sources[:-1]:
+                cluster.execute(source)
+            with pytest.raises(raises) if raises else nullcontext():
+                cluster.execute(sources[-1])
+        return folder
+
+    return record
 
 
 def train(scale: float) -> tuple[float, list[int]]:
@@ -70,58 +89,155 @@ def test_cells_names_and_messages_are_replayed(cluster, tmp_path):
     assert [c.op for c in again.collectives] == ["recv", "send", "all_reduce", "all_reduce"]
 
 
-def test_replaying_leaves_this_process_as_it_was(cluster, tmp_path):
-    with cluster.record(tmp_path / "tape"):
-        cluster.execute("dist.barrier(); torch.rand(1)")
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    wb.replay(tmp_path / "tape", rank=0)
-    assert torch.equal(state, torch.get_rng_state()) and threads == torch.get_num_threads() and not torch.distributed.is_initialized()
+def test_names_bound_before_the_tape_are_there_as_they_were(cluster, taped):
+    cluster.use(wb.Layout(world_size=3, tp=3))
+    cluster.execute(
+        "model = torch.nn.Linear(2, 1)\noptimizer = torch.optim.SGD(model.parameters(), lr=0.1)\nscale = 1.0\n"
+        "def step():\n    (model(torch.ones(1, 2)) * scale).sum().backward()\n    optimizer.step()\n    return model.weight.tolist()"
+    )
+    folder = taped("scale = 2.0 + rank", "x = groups['tp'].all_reduce(torch.rand(1)); (step(), x.item())")
+    again = wb.replay(folder, rank=2)
+    assert again.names["scale"] == 4.0 and not again.differing_results  # the model is still its optimizer's, `step` reads the new scale
+    assert again.result_texts[-1] == cluster.execute("(model.weight.tolist(), x.item())")[2].result_text
+    cluster.use(wb.Layout(world_size=3))
 
 
-def test_a_failure_is_replayed_as_the_same_exception(cluster, tmp_path):
-    with cluster.record(tmp_path / "tape"), pytest.raises(wb.RankFailed):
-        cluster.execute("x = torch.ones(1)\ndist.all_reduce(x)\n1 / (rank - 2)")
+def test_a_name_that_could_not_be_kept_is_told_when_it_is_read(cluster, taped):
+    cluster.execute("import threading\nlock = threading.Lock()")
+    folder = taped("dist.barrier()", "lock.acquire(); lock.release()")
+    with pytest.raises(
+        wb.ReplayError, match="reads 'lock', which the tape does not hold: it was bound before the tape began\nit could not"
+    ):
+        wb.replay(folder, rank=0)
+
+
+def test_replaying_leaves_this_process_as_it_was(taped):
+    folder = taped("torch.set_default_dtype(torch.float64)", "dist.barrier(); torch.rand(1)", "torch.set_default_dtype(torch.float32)")
+    state, before = torch.get_rng_state(), (torch.get_num_threads(), torch.get_default_dtype())
+    wb.replay(folder, rank=0)
+    assert torch.equal(state, torch.get_rng_state()) and not torch.distributed.is_initialized()
+    assert before == (torch.get_num_threads(), torch.get_default_dtype())
+
+
+def test_a_debugger_stops_inside_the_replayed_code(cluster, taped, monkeypatch):
+    folder = taped("x = torch.ones(2) * rank\ndist.all_reduce(x)\nimport sys\nsys.breakpointhook.__name__ == 'call' or breakpoint()")
+    seen: list[list[float]] = []
+    monkeypatch.setattr(sys, "breakpointhook", lambda: seen.append(sys._getframe(1).f_globals["x"].tolist()))
+    wb.replay(folder, rank=1)
+    assert seen == [[3.0, 3.0]]
+
+
+def test_a_failure_is_replayed_as_the_same_exception(taped):
+    folder = taped("x = torch.ones(1)\ndist.all_reduce(x)\n1 / (rank - 2)", raises=wb.RankFailed)
     with pytest.raises(ZeroDivisionError):
-        wb.replay(tmp_path / "tape", rank=2)
+        wb.replay(folder, rank=2)
 
 
-def test_code_that_changed_diverges_with_both_values(cluster, tmp_path):
-    (tmp_path / "size.txt").write_text("3")
+def test_an_earlier_failure_is_passed_and_the_tape_goes_on(cluster, tmp_path):
     with cluster.record(tmp_path / "tape"):
-        read = f"import pathlib; n = int(pathlib.Path({str(tmp_path / 'size.txt')!r}).read_text())"
-        cluster.execute(f"{read}\ndist.all_reduce(torch.ones(n))")
-    (tmp_path / "size.txt").write_text("4")
-    with pytest.raises(wb.ReplayError) as caught:
+        with pytest.raises(wb.RankFailed):
+            cluster.execute("x = rank\n1 / 0")
+        cluster.execute("x += 1\ntotal = torch.ones(1) * x\ndist.all_reduce(total)\ntotal.item()")
+    again = wb.replay(tmp_path / "tape", rank=1)
+    assert again.names["x"] == 2 and again.result_texts[-1] == "6.0"
+
+
+def test_a_rank_that_was_freed_stops_where_it_waited(taped):
+    folder = taped("kept = 1\ntry:\n    if rank != 2: dist.barrier()\nfinally: kept = 2", raises=wb.RankDeadlock)
+    again = wb.replay(folder, rank=0)
+    assert again.freed_from == "barrier()" and again.names["kept"] == 2 and not again.is_cut_short
+    assert wb.replay(folder, rank=2).freed_from == ""
+
+
+def test_a_mismatch_is_raised_again(taped):
+    folder = taped("dist.all_reduce(torch.ones(2 + rank // 2))", raises=wb.CollectiveMismatch)
+    told = []
+    for rank in range(3):  # those who saw it before they were freed
+        try:
+            told.append(wb.replay(folder, rank=rank).freed_from)
+        except wb.CollectiveMismatch as error:
+            told.append(str(error).splitlines()[0])
+    assert any("rank 2 called all_reduce(float32[3], op=sum), ranks 0, 1 called" in text for text in told)
+    assert all("all_reduce(float32[" in text for text in told)
+
+
+def test_what_a_fault_spoiled_is_on_the_tape(cluster, tmp_path):
+    faults = [wb.Fault(rank=0, op="all_reduce", at=1, action="corrupt"), wb.Fault(rank=0, op="all_reduce", at=2, action="drop")]
+    with cluster.record(tmp_path / "tape"), cluster.inject(*faults), pytest.raises(wb.RankDeadlock):
+        cluster.execute("x = torch.ones(2)\ndist.all_reduce(x)\nfirst = x.tolist()\ndist.all_reduce(x)\nx.tolist()")
+    again = wb.replay(tmp_path / "tape", rank=0)
+    assert again.names["first"] == cluster.pull("first", ranks=0)[0] != [3.0, 3.0] and len(again.collectives) == 2
+
+
+@pytest.mark.parametrize(
+    "then, now, cell, told",
+    [
+        ("3", "4", "dist.all_reduce(torch.ones(int(v)))", ["diverged at collective 1", "line 2", "float32[4]", "float32[3]"]),
+        (
+            "0.5",
+            "0.25",
+            "x = torch.ones(4); x[2] = v; dist.all_reduce(x)",
+            ["line 2", "element 2 of tensor 0 is 0.25, on the tape 0.5", "1 of 4"],
+        ),
+        ("1", "0", "if v: dist.barrier()", ["it ended, where the tape goes on with barrier()"]),
+        ("0", "1", "if v: dist.barrier()", ["it asks for barrier(), where the tape has the end of the cell"]),
+        ("1", "0", "dist.barrier(); 1 / v", ["it raised ZeroDivisionError: float division by zero, where the recorded one ended as ok"]),
+    ],
+)
+def test_code_or_values_that_changed_diverge_with_place_and_both_values(taped, tmp_path, then, now, cell, told):
+    (tmp_path / "value.txt").write_text(then)
+    folder = taped(f"import pathlib; v = float(pathlib.Path({str(tmp_path / 'value.txt')!r}).read_text())\n{cell}")
+    (tmp_path / "value.txt").write_text(now)
+    with pytest.raises(wb.ReplayError, match="the replay diverged") as caught:
+        wb.replay(folder, rank=1)
+    assert [part for part in told if part not in str(caught.value)] == []
+
+
+def test_a_failure_that_does_not_come_again_is_a_divergence(taped, tmp_path):
+    (tmp_path / "value.txt").write_text("0")
+    read = f"import pathlib; v = float(pathlib.Path({str(tmp_path / 'value.txt')!r}).read_text())"
+    folder = taped(f"{read}\n1 / v", raises=wb.RankFailed)
+    (tmp_path / "value.txt").write_text("1")
+    with pytest.raises(wb.ReplayError, match="it ended well, where the recorded one raised ZeroDivisionError: float division by zero"):
+        wb.replay(folder, rank=1)
+
+
+def test_a_result_that_differs_is_told_and_does_not_stop(taped):
+    folder = taped("import time; time.time()", "dist.barrier(); 5")
+    (told,) = wb.replay(folder, rank=0).differing_results
+    assert "on the tape 1" in told and "(hash " in told
+
+
+def test_another_users_module_is_told(cluster, tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "taped_module.py").write_text("def size():\n    return 2\n")
+    with cluster.record(tmp_path / "tape"):
+        cluster.execute(f"import sys; sys.path.insert(0, {str(tmp_path / 'code')!r})\nimport taped_module\ndist.all_reduce(torch.ones(2))")
+    wb.replay(tmp_path / "tape", rank=0)
+    (tmp_path / "code" / "taped_module.py").write_text("def size():\n    return 3\n")
+    with pytest.raises(wb.ReplayError, match="taped_module.py has changed since it was recorded\nstrict=False tries all the same"):
         wb.replay(tmp_path / "tape", rank=0)
-    told = str(caught.value)
-    assert "diverged at collective 1" in told and "line 2" in told and "float32[4]" in told and "float32[3]" in told
+    assert len(wb.replay(tmp_path / "tape", rank=0, strict=False).collectives) == 1
+    sys.modules.pop("taped_module", None)
+    sys.path[:] = [path for path in sys.path if path != str(tmp_path / "code")]
 
 
-def test_values_that_changed_diverge_with_both_values(cluster, tmp_path):
-    (tmp_path / "value.txt").write_text("0.5")
-    with cluster.record(tmp_path / "tape"):
-        read = f"import pathlib; v = float(pathlib.Path({str(tmp_path / 'value.txt')!r}).read_text())"
-        cluster.execute(f"{read}\nx = torch.ones(4)\nx[2] = v\ndist.all_reduce(x)")
-    (tmp_path / "value.txt").write_text("0.25")
-    with pytest.raises(wb.ReplayError) as caught:
-        wb.replay(tmp_path / "tape", rank=1)
-    told = str(caught.value)
-    assert "line 4" in told and "element 2 of tensor 0 is 0.25, on the tape 0.5" in told and "1 of 4 elements differ" in told
-
-
-def test_the_command_replays_and_writes_a_test(cluster, tmp_path, capsys):
+def test_the_command_replays_and_writes_a_test(taped, tmp_path, capsys):
     from workbench.cli import main
 
-    with cluster.record(tmp_path / "tape"):
-        cluster.execute("x = torch.ones(2)\ndist.all_reduce(x)")
-    assert main(["replay", str(tmp_path / "tape"), "--rank", "2"]) == 0
+    folder = str(taped("x = torch.ones(2)\ndist.all_reduce(x)"))
+    assert main(["replay", folder, "--rank", "2"]) == 0
     told = capsys.readouterr().out
     assert "line 2: all_reduce(float32[2], op=sum)" in told and "rank 2: 1 collectives replayed" in told
-    assert main(["replay", str(tmp_path / "tape"), "--rank", "2", "--pytest", str(tmp_path / "test_it.py")]) == 0
-    names: dict[str, object] = {}
-    exec((tmp_path / "test_it.py").read_text(), names)
-    names["test_rank_2_replays"]()  # type: ignore[operator]
+    written = tmp_path / "test_it.py"
+    assert main(["replay", folder, "--rank", "2", "--pytest", str(written)]) == 0
     assert main(["replay", str(tmp_path / "nothing"), "--rank", "0"]) == 1 and "has no tape of rank 0" in capsys.readouterr().err
+    names: dict[str, Any] = {}
+    exec(written.read_text(), names)
+    names["test_rank_2_replays"]()
+    os.truncate(tmp_path / "tape" / "rank-2.tape", (tmp_path / "tape" / "rank-2.tape").stat().st_size - 100)
+    with pytest.raises(AssertionError):  # the test that was written can fail
+        names["test_rank_2_replays"]()
 
 
 def test_a_tape_survives_the_death_of_its_rank(tmp_path):
@@ -138,19 +254,19 @@ def test_a_tape_survives_the_death_of_its_rank(tmp_path):
     assert [type(record).__name__ for record in cut.records].count("Collective") == 5
 
 
-def test_a_tape_cut_short_is_played_as_far_as_it_goes(cluster, tmp_path):
-    with cluster.record(tmp_path / "tape"):
-        cluster.execute("x = torch.ones(1)\nfor _ in range(4): dist.all_reduce(x)\nx")
-    path = tmp_path / "tape" / "rank-0.tape"
-    os.truncate(path, path.stat().st_size - 200)
-    again = wb.replay(tmp_path / "tape", rank=0)
+def test_a_tape_cut_short_is_played_as_far_as_it_goes(taped):
+    folder = taped("x = torch.ones(1)\nfor _ in range(4): dist.all_reduce(x)\nx")
+    path = folder / "rank-0.tape"
+    os.truncate(path, path.stat().st_size - 300)
+    again = wb.replay(folder, rank=0)
     assert again.is_cut_short and 0 < len(again.collectives) <= 4
+    os.truncate(path, 100)
+    with pytest.raises(wb.ReplayError, match="rank-0.tape is cut short before its first record\nrecord it again"):
+        wb.replay(folder, rank=0)
 
 
-def test_a_damaged_a_missing_and_a_foreign_tape_are_told(cluster, tmp_path):
-    folder = tmp_path / "tape"
-    with cluster.record(folder):
-        cluster.execute("dist.barrier()")
+def test_a_damaged_a_missing_and_a_foreign_tape_are_told(cluster, taped):
+    folder = taped("dist.barrier()")
     with pytest.raises(wb.ReplayError, match="no tape of rank 7\nit holds rank-0.tape, rank-1.tape, rank-2.tape"):
         wb.replay(folder, rank=7)
     data = bytearray((folder / "rank-1.tape").read_bytes())
@@ -159,7 +275,10 @@ def test_a_damaged_a_missing_and_a_foreign_tape_are_told(cluster, tmp_path):
     with pytest.raises(wb.ReplayError, match="rank-1.tape is damaged: a record at byte"):
         wb.replay(folder, rank=1)
     (folder / "rank-2.tape").write_bytes(b"something else")
-    with pytest.raises(wb.ReplayError, match="is no tape of this version"):
+    with pytest.raises(wb.ReplayError, match="rank-2.tape is no tape of workbench\nit begins with b'something else'"):
+        wb.replay(folder, rank=2)
+    (folder / "rank-2.tape").write_bytes(b"workbench tape 1\n...")
+    with pytest.raises(wb.ReplayError, match="rank-2.tape was written by another version of workbench"):
         wb.replay(folder, rank=2)
     (folder / "rank-0.tape").chmod(0o666)
     with pytest.raises(wb.ReplayError, match="can be written by others"):
@@ -168,13 +287,12 @@ def test_a_damaged_a_missing_and_a_foreign_tape_are_told(cluster, tmp_path):
         pass
 
 
-def test_another_environment_is_refused(cluster, tmp_path, monkeypatch):
-    with cluster.record(tmp_path / "tape"):
-        cluster.execute("dist.barrier()")
+def test_another_environment_is_refused(taped, monkeypatch):
+    folder = taped("dist.barrier()")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "Z80")
     with pytest.raises(wb.ReplayError, match="processor capability .* on the tape, Z80 here"):
-        wb.replay(tmp_path / "tape", rank=0)
-    assert wb.replay(tmp_path / "tape", rank=0, strict=False).result is None
+        wb.replay(folder, rank=0)
+    assert wb.replay(folder, rank=0, strict=False).result is None
 
 
 def test_a_rollout_is_replayed_without_an_engine(tmp_path: Path):

@@ -24,6 +24,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from workbench.records import Diagnosis
 
 __all__ = [
@@ -78,6 +80,7 @@ class RankError(WorkbenchError):
         rank_traceback: the rank's own traceback, "" where there is none.
         diagnosis: who waited for whom when the cell ended, None where nobody waited.
         locals: short reprs of the names in the frame that failed, {} where there is none.
+        tape: folder with the tapes of this cell, for `wb.replay`; None unless the cluster was launched with record="failures".
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class RankError(WorkbenchError):
         self.rank_traceback = rank_traceback
         self.diagnosis = diagnosis
         self.locals: dict[str, str] = {}
+        self.tape: Path | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), str(self), dict(self.__dict__))

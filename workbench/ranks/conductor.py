@@ -27,6 +27,7 @@ from workbench.ranks.diagnosis import Scene, diagnose
 from workbench.ranks.handle import ActiveCell, StopReason
 from workbench.ranks.link import Link
 from workbench.ranks.messages import ANY_SOURCE, CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen
+from workbench.ranks.outside import NativeLook, ProcessLook, look_at
 from workbench.ranks.servers import describe_exit
 from workbench.records import Diagnosis
 
@@ -35,9 +36,14 @@ __all__ = ["Conductor"]
 _TICK_S = 0.02
 _LOOK_LIMIT_S = 0.3  # how long ranks may take to say where they are before a stop
 _SETTLE_S = 0.15  # how long a deadlock may take to become complete before it is told
+_LONG_WAIT_S = 0.1  # shorter waits are no reason to look for a circle
+_CHECK_SHARE = 20  # looking for deadlocks takes at most one part in so many of this thread's time
+_CALLED_OFF_S = 1.0  # until the next look after a deadlock that was none
+_NATIVE_AFTER_S = 0.15  # a rank that has not said where it is by then lets no other thread run: py-spy may tell
 _GRACE_S = {"failure": 1.0, "deadlock": 0.15, "timeout": 0.0, "interrupt": 0.0}  # for ranks that are not stuck to end by themselves
 _SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
 _KILL_AFTER_S = 5.0
+_SHOWN_FRAMES = 5  # of the stack of a rank that had to be killed
 
 
 class Conductor:
@@ -60,6 +66,9 @@ class Conductor:
         self._rebuilding: set[int] | None = None
         self.rebuild_errors: dict[int, str] = {}
         self._stop_stage: set[str] = set()
+        self.on_ended: list[Callable[[ActiveCell], None]] = []  # told of each cell when all ranks have answered, before any is started anew
+        self._next_check_s = 0.0
+        self._natives: dict[int, NativeLook] = {}  # pid -> what py-spy says of it
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
@@ -99,17 +108,27 @@ class Conductor:
     def is_rebuilding(self) -> bool:
         return bool(self._rebuilding)
 
-    def diagnose(self, look_s: float = _LOOK_LIMIT_S) -> Diagnosis:
-        """Ask the ranks where they are, wait a little for the answers, and read the board."""
+    def diagnose(self, *, native: bool | None = None) -> Diagnosis:
+        """Ask the ranks where they are, wait a little for the answers, and read the board.
+
+        Args:
+            native: read native stacks too: True of every rank that runs, None of those that do not answer, False of none.
+        """
         cell = self.active
         if cell is None:
             return Diagnosis(sentence="no cell runs; every rank is idle")
+        if native:
+            self._natives = {self.links[rank].pid: NativeLook(self.links[rank].pid) for rank in cell.pending}
         self._later(lambda: self._look(cell))
-        limit = time.monotonic() + look_s
+        limit = time.monotonic() + _LOOK_LIMIT_S
         with self.changed:
             while time.monotonic() < limit and not cell.pending <= set(self._seen):
                 self.changed.wait(0.02)
-        return self._diagnosis(cell)
+        if native is not False:
+            self._read_natives(cell)
+        for look in list(self._natives.values()):
+            look.wait()
+        return self._diagnosis(cell, is_told=True)
 
     def abandon(self) -> None:
         """The cluster is being closed: whoever waits for a cell is told so."""
@@ -185,7 +204,7 @@ class Conductor:
             self._send(self.links[rank], Rebuild(generation=generation))
 
     def _begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None) -> None:
-        self._stop_stage, self._seen = set(), {}
+        self._stop_stage, self._seen, self._natives = set(), {}, {}
         self.active = cell  # what threads or processes of an earlier cell wrote meanwhile comes with this one
         for rank in cell.members:
             if self.links[rank].is_dead:
@@ -306,6 +325,7 @@ class Conductor:
             if reason == "interrupt" and cell.stop_reason in ("interrupt", "timeout"):
                 self._stop_stage.add("hurry")
             elif reason == "interrupt":
+                self._stop_stage.add("asked")
                 cell.stopped_s = min(cell.stopped_s, time.monotonic() - _GRACE_S["failure"])
             return
         cell.stop_reason, cell.stopped_s = reason, time.monotonic()
@@ -317,17 +337,30 @@ class Conductor:
         for rank in cell.pending:
             self._send(self.links[rank], Look(ticket=self._ticket))
 
-    def _diagnosis(self, cell: ActiveCell) -> Diagnosis:
+    def _read_natives(self, cell: ActiveCell) -> None:
+        """Begin to read the stacks of ranks that do not answer."""
+        for rank in cell.pending - set(self._seen):
+            pid = self.links[rank].pid
+            self._natives.setdefault(pid, NativeLook(pid))
+
+    def _diagnosis(self, cell: ActiveCell, *, is_told: bool = False) -> Diagnosis:
+        """Who waits for whom; with `is_told` also how the system sees the ranks' processes."""
         dead = {link.rank: describe_exit(link.exit_status)[1] or "ended" for link in self.links if link.exit_status is not None}
         scene = Scene(
             cell=cell.number,
             members=frozenset(cell.members),
             finished=frozenset(cell.done),
             dead=dead,
-            groups=self.groups,
+            groups=dict(self.groups),
             seen=dict(self._seen),
+            looks=self._looks(cell) if is_told else {},
+            native={rank: look.text for rank in cell.pending if (look := self._natives.get(self.links[rank].pid)) and look.text},
         )
         return diagnose(self.board, scene)
+
+    def _looks(self, cell: ActiveCell) -> dict[int, ProcessLook]:
+        looks = {rank: look_at(self.links[rank].pid) for rank in sorted(cell.pending)}
+        return {rank: look for rank, look in looks.items() if look is not None}
 
     def _tick(self, cell: ActiveCell) -> None:
         now = time.monotonic()
@@ -336,10 +369,34 @@ class Conductor:
         elif cell.stop_reason is None:
             if cell.timeout_s is not None and now - cell.started_s > cell.timeout_s:
                 self._stop(cell, "timeout")
-            elif (len(cell.done) or len(cell.members) < len(self.links)) and self._diagnosis(cell).is_certain_deadlock:
+            elif self._is_deadlocked(cell, now):
                 self._stop(cell, "deadlock")
         else:
             self._advance_stop(cell, now - cell.stopped_s)
+
+    def _is_deadlocked(self, cell: ActiveCell, now: float) -> bool:
+        """Whether some wait can never end; looked for only where that may be, and for a small part of the time."""
+        is_anybody_gone = bool(cell.done) or len(cell.members) < len(self.links)
+        if now < self._next_check_s or not (is_anybody_gone or self._do_waits_differ(cell)):
+            return False
+        is_certain = self._diagnosis(cell).is_certain_deadlock
+        self._next_check_s = now + _CHECK_SHARE * (time.monotonic() - now)
+        return is_certain
+
+    def _do_waits_differ(self, cell: ActiveCell) -> bool:
+        """Whether ranks have waited for a while in different places: a circle needs two."""
+        waits = {self.board.waits_in(rank, longer_than_s=_LONG_WAIT_S) for rank in cell.pending}
+        return len(waits - {None}) > 1
+
+    def _call_off(self, cell: ActiveCell) -> None:
+        """What looked like a deadlock has gone on, or may: another thread of a rank may come. Nothing was done to the ranks yet."""
+        was_asked = "asked" in self._stop_stage
+        cell.stop_reason, self._stop_stage = None, set()
+        self._next_check_s = time.monotonic() + _CALLED_OFF_S
+        if cell.deaths or any(done.outcome is Outcome.RAISED for done in cell.done.values()):
+            self._stop(cell, "failure")
+        elif was_asked:
+            self._stop(cell, "interrupt")
 
     def _advance_stop(self, cell: ActiveCell, since_s: float) -> None:
         """Take the next step of a stop when its time has come; each step once."""
@@ -347,10 +404,16 @@ class Conductor:
         stages = self._stop_stage
         if "board" not in stages:
             if since_s < _LOOK_LIMIT_S and not cell.pending <= set(self._seen):
+                if since_s > _NATIVE_AFTER_S:
+                    self._read_natives(cell)
                 return
             if cell.stop_reason == "deadlock" and since_s < _SETTLE_S and self._is_any_on_its_way(cell):
                 return
-            cell.diagnosis = self.last_diagnosis = self._diagnosis(cell)
+            found = self._diagnosis(cell, is_told=True)
+            if cell.stop_reason == "deadlock" and not found.is_certain_deadlock:
+                self._call_off(cell)
+                return
+            cell.diagnosis = self.last_diagnosis = found
             stages.add("board")
             for rank in cell.members:
                 self.board.stop(rank, cell.number)
@@ -367,6 +430,9 @@ class Conductor:
         if after_grace_s >= _KILL_AFTER_S or "hurry" in stages:
             for rank in cell.pending - cell.killed:
                 cell.killed.add(rank)
+                look = self._natives.get(self.links[rank].pid)
+                if look is not None and look.text:
+                    cell.notes.append(f"rank {rank} was in, innermost first:\n  " + "\n  ".join(look.text.splitlines()[:_SHOWN_FRAMES]))
                 self.links[rank].signal(signal.SIGKILL)
 
     def _is_any_on_its_way(self, cell: ActiveCell) -> bool:
@@ -374,13 +440,16 @@ class Conductor:
         return any(self.board.read(rank).state is AreaState.NOWHERE for rank in cell.pending)
 
     def _is_any_in_gloo(self, cell: ActiveCell) -> bool:
-        return any(self.board.read(rank).state is AreaState.IN_GLOO for rank in cell.pending)
+        return any(self.board.read(rank).state in (AreaState.IN_GLOO, AreaState.LIMITED) for rank in cell.pending)
 
     def _conclude(self, cell: ActiveCell) -> None:
         """All members have answered: form the next generation if connections were shut, then let the caller go on."""
         if self._rebuilding:
             return
         stages = self._stop_stage
+        if "told" not in stages:
+            stages.add("told")
+            self._tell_ended(cell)
         if "rebuild" not in stages:
             # a rank may have been told to shut its connections just when it had finished
             is_broken = "shut" in stages or any(done.is_group_broken for done in cell.done.values()) or bool(cell.deaths)
@@ -406,6 +475,13 @@ class Conductor:
         cell.finished.set()
         with self.changed:
             self.changed.notify_all()
+
+    def _tell_ended(self, cell: ActiveCell) -> None:
+        for tell in self.on_ended:
+            try:
+                tell(cell)
+            except Exception as error:  # this thread must live
+                cell.notes.append(f"{type(error).__name__} while the cell was kept: {error}")
 
     def _is_uneven(self) -> bool:
         """Whether some members of a group have begun calls that others never will: asynchronous ones, when a stop came in between.

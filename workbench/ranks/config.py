@@ -17,6 +17,7 @@ class RankConfig:
         generation: the world's generation that it joins.
         num_threads: threads of one torch operation.
         layout: what its peers use, if `cluster.use` was called; it forms the groups with them.
+        tape_folder: where it keeps the tape that `record="failures"` asks for, "" where none is.
     """
 
     rank: int
@@ -29,3 +30,4 @@ class RankConfig:
     is_checked: bool
     num_threads: int
     layout: Layout | None = None
+    tape_folder: str = ""

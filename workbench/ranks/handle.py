@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from workbench.errors import (
@@ -58,6 +59,7 @@ class ActiveCell:
     stopped_s: float = 0.0
     diagnosis: Diagnosis | None = None
     notes: list[str] = field(default_factory=list)
+    tape: Path | None = None  # where the ranks' tapes of this cell were kept, since it failed
     finished: threading.Event = field(default_factory=threading.Event)
     on_output: Callable[[int, str, str], None] | None = None
 
@@ -111,7 +113,7 @@ class ActiveCell:
         own = [(e, r) for e, r in raised if not e.is_mismatch]
         died = [rank for rank in self.deaths if rank not in self.killed]
         if died and not (own and own[0][0].at_s < self.died_s[died[0]] - _TOLD_LATE_S):
-            return self._with(self.deaths[died[0]])
+            return self._of_death(self.deaths[died[0]])
         if own:
             return self._failed(*own[0], raised)
         if raised:
@@ -125,8 +127,10 @@ class ActiveCell:
         text = self.diagnosis.text if self.diagnosis else ""
         if self.stop_reason == "deadlock":
             head = f"{self.name} could never end: {sentence}"
-            needed = f"every rank of a group must reach each of its collectives; {freed}"
-            return self._make(RankDeadlock, f"{head}\n{needed}\n\n{text}")
+            needed = "every rank of a group must reach each of its collectives"
+            if self.diagnosis is not None and self.diagnosis.circle:
+                needed = "ranks must come to the collectives and messages that they share in one order"
+            return self._make(RankDeadlock, f"{head}\n{needed}; {freed}\n\n{text}")
         if self.stop_reason == "timeout":
             head = f"{self.name} was stopped after {self.timeout_s:g} s (timeout_s)" + (f": {sentence}" if sentence else "")
             return self._make(RankTimeout, f"{head}\n{freed}; give a larger timeout_s if it only needs longer\n\n{text}")
@@ -146,14 +150,17 @@ class ActiveCell:
         made.locals = dict(error.names)
         return made
 
-    def _with(self, error: RankError) -> RankError:
-        error.diagnosis = self.diagnosis
-        return error
+    def _of_death(self, error: RankError) -> RankError:
+        made = self._make(RankFailed, "\n".join([str(error), *self.notes]), rank=error.rank)
+        made.exit_code, made.signal_name = error.exit_code, error.signal_name
+        return made
 
     def _make(self, kind: type[RankError], text: str, rank: int | None = None, rank_traceback: str = "") -> RankError:
         if self.notes and kind is not RankFailed:
             text += "\n" + "\n".join(self.notes)
-        return kind(text.rstrip(), rank=rank, world_size=self.world_size, rank_traceback=rank_traceback, diagnosis=self.diagnosis)
+        made = kind(text.rstrip(), rank=rank, world_size=self.world_size, rank_traceback=rank_traceback, diagnosis=self.diagnosis)
+        made.tape = self.tape
+        return made
 
 
 class CellHandle:

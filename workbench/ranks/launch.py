@@ -23,6 +23,7 @@ def launch(
     collective_timeout_s: float = 1800,
     check_collectives: bool = True,
     start_method: str = "forkserver",
+    record: str | None = None,
 ) -> Cluster:
     """Start gloo ranks, a process each, the world group made.
 
@@ -31,12 +32,20 @@ def launch(
         collective_timeout_s: gloo's own limit; a stop and the deadlock rule free ranks long before it.
         check_collectives: collectives wait for all members, interruptibly, and compare what each is about to do. False is for timing.
         start_method: "forkserver" forks from a warm process that has imported torch; "spawn" imports in each rank.
+        record: "failures" keeps, when a cell fails, the tape of every rank for `wb.replay`; its folder is in the error and in
+            `cluster.last_tape`. The tape goes on from launch, so a replay runs the session's cells again up to the one that failed.
+            After 64 MiB a rank, after a cell that was stopped in its own code and after a new generation it begins anew with the names
+            as they are then; what cannot be pickled (process groups, open files) is then not on it, and a replay that needs it says so.
+            A rank's tape ends at 256 MiB. What collectives carry is copied to disk, and asynchronous ones are waited for at once: not
+            for timing.
 
     Raises:
         TypeError, ValueError: bad arguments; nothing was started.
         LaunchError: a rank did not come up.
     """
     _check(world_size, seed, collective_timeout_s, start_method)
+    if record not in (None, "failures"):
+        raise ValueError(f"record is {record!r}; it must be \"failures\" or None; cluster.record(dir) records what runs in its block")
     _replace_the_old_one()
     options = LaunchOptions(
         world_size=world_size,
@@ -44,6 +53,7 @@ def launch(
         collective_timeout_s=float(collective_timeout_s),
         check_collectives=check_collectives,
         start_method=start_method,
+        records_failures=record == "failures",
     )
     processes = Processes(options)
     try:

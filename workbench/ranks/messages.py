@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from workbench.ranks.digest import Digest
+
 __all__ = [
     "ANY_SOURCE",
     "CellDone",
@@ -80,7 +82,7 @@ class CellError:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellDone:
-    """A rank finished its part; a value, if any, travels beside it."""
+    """A rank finished its part; a value, if any, travels beside it; `digest` is of that value, or of a cell's last expression."""
 
     cell: int
     outcome: Outcome
@@ -89,6 +91,7 @@ class CellDone:
     started_s: float = 0.0
     ended_s: float = 0.0
     is_group_broken: bool = False
+    digest: Digest = field(default_factory=Digest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +110,17 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """Where a rank's main thread is: line and source of the user's code (0 and "" when idle), and its Python stack."""
+    """Where a rank's main thread is: line and source of the user's code (0 and "" when idle), and its Python stack.
+
+    Attributes:
+        num_threads: other Python threads of the user's; they may call collectives too.
+    """
 
     ticket: int
     line: int
     source: str
     stack: str
+    num_threads: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

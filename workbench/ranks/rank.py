@@ -32,15 +32,17 @@ import torch.distributed as dist
 
 from workbench.plan.layout import Layout
 from workbench.ranks import cell as cells
-from workbench.ranks import forming, tape
+from workbench.ranks import forming
 from workbench.ranks.board import Board
 from workbench.ranks.calls import KnownGroup
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
 from workbench.ranks.config import RankConfig
 from workbench.ranks.current import Current, set_current
+from workbench.ranks.digest import Digest, digest_of
 from workbench.ranks.group import Group
 from workbench.ranks.intercept import Freed, Interceptor
 from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
+from workbench.ranks.recording import FailureTape, writer_for
 from workbench.ranks.shown import open_figures, show_value, text_of
 
 __all__ = ["Rank", "main"]
@@ -59,8 +61,11 @@ class Rank:
         self.reader = ChannelReader(channel)
         self.module = ModuleType("__main__")
         self.is_running = False
+        self._missed_signal = False  # one came while nothing ran
         self._waiting: SimpleQueue[tuple[Any, Packed | None]] = SimpleQueue()
         self._store: dist.TCPStore | None = None
+        self._digest = Digest()  # of the result of the cell that runs
+        self.failures = FailureTape(config.tape_folder, config.rank) if config.tape_folder else None
         self.interceptor = Interceptor(rank=config.rank, board=board, is_checked=config.is_checked, announce=self._announce)
 
     # -- start --------------------------------------------------------------------------------------------------------------------------
@@ -133,8 +138,11 @@ class Rank:
 
     def _look(self, message: Look) -> Seen:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
-        stack = traceback.extract_stack(frame)[-_DEEPEST_STACK:] if frame is not None else []
+        stack = list(traceback.extract_stack(frame)) if frame is not None else []
         cell_file = cells.file_of(self.board.cell(self.config.rank))
+        ours = max((place for place, f in enumerate(stack) if f.filename == __file__), default=-1)  # what calls the cell
+        first = next((place for place, f in enumerate(stack) if f.filename == cell_file), ours + 1)
+        stack = stack[first:][-_DEEPEST_STACK:]
         mine = [f for f in stack if f.filename == cell_file] or [f for f in stack if "/workbench/ranks/" not in f.filename]
         place = mine[-1] if mine and self.is_running else None
         return Seen(
@@ -142,6 +150,7 @@ class Rank:
             line=(place.lineno or 0) if place else 0,
             source=(place.line or "") if place else "",
             stack="".join(traceback.format_list(stack)) if self.is_running else "",
+            num_threads=sum(not _is_housekeeping(thread) for thread in threading.enumerate()),
         )
 
     # -- main thread --------------------------------------------------------------------------------------------------------------------
@@ -161,21 +170,24 @@ class Rank:
     def _run(self, message: RunCell, value: Packed | None) -> None:
         started = time.monotonic()
         outcome, text, result, error = Outcome.OK, "", None, None
+        self._digest = Digest()
         self.board.enter_cell(self.config.rank, message.cell)
-        recorder = None if message.task is Task.HOUSE else tape.writer()
+        recorder = None if message.task is Task.HOUSE else writer_for(self.failures, self.here.generation)
         if recorder is not None:
             recorder.begin_cell(message.cell, message.task, message.text, value)
         try:
             try:
                 self.is_running = True
+                if self._missed_signal and self.board.is_stopped(self.config.rank):
+                    raise KeyboardInterrupt  # the stop came before the cell
                 text, result = self._work(message, value)
             finally:
-                self.is_running = False  # first of all: from here on a signal raises nothing, and the answer is sent
+                self.is_running = self._missed_signal = False  # first of all: from here on a signal raises nothing, and the answer is sent
         except BaseException as raised:
             outcome, error = self._judge(raised), cells.tell(raised)
         self.interceptor.is_interrupt_pending = False
         if recorder is not None:
-            recorder.end_cell(outcome, text, f"{error.kind}: {error.message}" if error else "")
+            recorder.end_cell(outcome, text, self._digest.value, f"{error.kind}: {error.message}" if error else "")
         _flush()
         self.board.enter_cell(self.config.rank, 0)
         done = CellDone(
@@ -186,6 +198,7 @@ class Rank:
             started_s=started,
             ended_s=time.monotonic(),
             is_group_broken=self.interceptor.was_shut,
+            digest=self._digest,
         )
         self.writer.send(done, result)
 
@@ -198,10 +211,13 @@ class Rank:
             names.update(unpack(value))
             return "", None
         if message.task is Task.PULL:
-            return "", pack(_look_up(message.text, names))
+            found = _look_up(message.text, names)
+            self._digest = digest_of(found)
+            return "", pack(found)
         assert value is not None
         function, args, kwargs = unpack(value)
         result = function(*args, **kwargs)
+        self._digest = digest_of(result) if message.task is Task.CALL else Digest()
         try:
             return "", pack(result)
         except Exception as error:
@@ -212,7 +228,7 @@ class Rank:
 
     def _run_source(self, message: RunCell) -> tuple[str, Packed | None]:
         value = cells.run_source(message.text, self.module, message.cell)
-        text = text_of(value)
+        text, self._digest = text_of(value), digest_of(value)
         shown = [show_value(value, text), *open_figures()] if value is not None else [*open_figures()]
         rich = tuple(one for one in shown if one is not None)
         return text, pack(rich) if rich else None
@@ -228,7 +244,8 @@ class Rank:
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self.is_running:
-            return  # it came late: the cell has ended, and forming the next generation must not be stopped
+            self._missed_signal = True
+            return  # it came late: the cell has ended, and forming the next generation must not be stopped; or before the cell begins
         if self.interceptor.is_busy:
             self.interceptor.is_interrupt_pending = True
         else:
@@ -253,6 +270,11 @@ class Rank:
         if self.here.has_layout:
             for axis, formed in forming.form_groups(self.here.layout).items():
                 self.here.groups[axis].rebind(formed.process_group if formed.is_member else None)
+
+
+def _is_housekeeping(thread: threading.Thread) -> bool:
+    """Threads that call no collectives: the main one, which is told apart, ours, and those that watch progress bars."""
+    return thread is threading.main_thread() or thread.name.startswith("workbench-") or type(thread).__module__.startswith("tqdm.")
 
 
 def _world() -> Any:

@@ -8,12 +8,13 @@ Plain debuggers work: the code runs in the caller's thread. Knows tapes and torc
 from __future__ import annotations
 
 import argparse
+import builtins
 import functools
 import os
 import pickle
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,26 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
+from workbench import errors
 from workbench.errors import ReplayError
 from workbench.ranks import tape
 from workbench.ranks.cell import run_source
 from workbench.ranks.channel import Packed, unpack
 from workbench.ranks.current import Current, set_current
-from workbench.ranks.intercept import dropped
+from workbench.ranks.digest import digest_of
+from workbench.ranks.forming import use_layout
+from workbench.ranks.intercept import Freed, dropped
+from workbench.ranks.messages import Outcome, Task
 from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in
 from workbench.ranks.shown import text_of
+from workbench.ranks.snapshot import changed_files, restore_names
 from workbench.ranks.tape import CellEnd, CellStart, Collective, Outside, TapeReader, TapeStart
 
 __all__ = ["Replayed", "replay"]
 
+_LONGEST_TOLD = 200  # characters of a value in a divergence
 
 _TEST = '''"""Rank {rank} run again from its tape; every collective must be given what it was given when it was recorded."""
 
@@ -43,7 +51,7 @@ import workbench as wb
 
 def test_rank_{rank}_replays() -> None:
     replayed = wb.replay({folder!r}, rank={rank})
-    assert not replayed.is_cut_short
+    assert not replayed.is_cut_short and not replayed.differing_results
 '''
 
 
@@ -56,7 +64,9 @@ class Replayed:
         result_texts: repr of each recorded cell's last expression.
         collectives: what the rank took part in, in order.
         names: the rank's names afterwards.
-        is_cut_short: the tape ends inside a cell (its rank was killed); the replay ran as far as it goes.
+        is_cut_short: the tape ends inside a cell (its rank was killed, or the tape was full); the replay ran as far as it goes.
+        freed_from: the call in which the rank waited when its last cell was stopped, "" where it was not.
+        differing_results: results of cells that are not, bit for bit, those of the tape, though all collectives were; often times of day.
     """
 
     rank: int
@@ -65,6 +75,8 @@ class Replayed:
     collectives: tuple[Collective, ...]
     names: dict[str, Any]
     is_cut_short: bool
+    freed_from: str = ""
+    differing_results: tuple[str, ...] = ()
 
 
 class _EndOfTape(BaseException):
@@ -72,11 +84,13 @@ class _EndOfTape(BaseException):
 
 
 def replay(folder: str | os.PathLike[str], *, rank: int, strict: bool = True) -> Replayed:
-    """Run one recorded rank alone, bit for bit.
+    """Run one recorded rank alone, bit for bit: its cells in order, in this thread, so that `breakpoint()` works in them.
+
+    A cell that raised when it was recorded raises here too: the last one for the caller to see, earlier ones in passing.
 
     Args:
-        folder: what `cluster.record` was given.
-        strict: refuse when versions or the processor's capability differ from the tape's; False goes on.
+        folder: what `cluster.record` was given, or `cluster.last_tape`.
+        strict: refuse when versions, the processor's capability or the user's own modules differ from the tape's; False goes on.
 
     Raises:
         ReplayError: no such tape, it is damaged, the environment differs, or the run diverged: then it says where, with both values.
@@ -84,12 +98,12 @@ def replay(folder: str | os.PathLike[str], *, rank: int, strict: bool = True) ->
     reader = TapeReader(Path(folder), rank)
     start = reader.records[0]
     if strict:
-        _check_environment(start)
+        _check_environment(start, reader.records)
     if dist.is_initialized():
         raise ReplayError(
             "this process is already a rank of a process group\nreplay in a process that is none, such as the notebook's kernel"
         )
-    player = _Player(reader.records[1:])
+    player = _Player(reader.records[1:], start.unkept)
     with _as_rank(start, player) as module:
         player.run(module)
     return Replayed(
@@ -99,10 +113,12 @@ def replay(folder: str | os.PathLike[str], *, rank: int, strict: bool = True) ->
         collectives=tuple(sorted((r for r in reader.records if isinstance(r, Collective)), key=lambda c: c.index)),
         names={k: v for k, v in vars(module).items() if not k.startswith("__")},
         is_cut_short=reader.is_cut_short or player.is_cut_short,
+        freed_from=player.freed_from,
+        differing_results=tuple(player.differing_results),
     )
 
 
-def _check_environment(start: TapeStart) -> None:
+def _check_environment(start: TapeStart, records: Sequence[Any]) -> None:
     now = tape.environment()
     differing = [
         f"{name} {was} on the tape, {now['versions'].get(name)} here"
@@ -111,6 +127,10 @@ def _check_environment(start: TapeStart) -> None:
     ]
     if start.cpu_capability != now["cpu_capability"]:
         differing.append(f"processor capability {start.cpu_capability} on the tape, {now['cpu_capability']} here")
+    files = dict(start.files)
+    for record in records:
+        files |= record.files if isinstance(record, CellEnd) else {}
+    differing += [f"{told} since it was recorded" for told in changed_files(files)]
     if differing:
         raise ReplayError(
             f"the tape of rank {start.rank} cannot be replayed bit for bit: {'; '.join(differing)}\nstrict=False tries all the same"
@@ -125,9 +145,10 @@ def _as_rank(start: TapeStart, player: _Player) -> Iterator[ModuleType]:
     import workbench
     from workbench.ranks.group import Group
 
-    threads, is_deterministic, states = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), tape.random_states()
-    torch.set_num_threads(start.num_threads)
-    torch.use_deterministic_algorithms(start.is_deterministic)
+    before, states = tape.environment(), tape.random_states()
+    _set_flags(start.num_threads, start.is_deterministic, start.default_dtype)
+    make_group = c10d._new_process_group_helper
+    c10d._new_process_group_helper = _without_peers(make_group)
     dist.init_process_group("fake", rank=start.rank, world_size=start.world_size, store=FakeStore())
     libraries = player.install()
     tape.set_player(player.outside)
@@ -138,22 +159,54 @@ def _as_rank(start: TapeStart, player: _Player) -> Iterator[ModuleType]:
         module = ModuleType("__main__")
         vars(module).update({"rank": start.rank, "world_size": start.world_size, "group": group, "groups": here.groups})
         vars(module).update({"torch": torch, "dist": dist, "wb": workbench})
-        vars(module).update({name: pickle.loads(data) for name, data in start.names.items()})
-        main = sys.modules["__main__"]
+        main, path = sys.modules["__main__"], list(sys.path)
         sys.modules["__main__"] = module  # what the rank's code finds as its own main module
+        sys.path += [entry for entry in start.path if entry not in sys.path]
         try:
+            with player.off_tape():
+                if start.has_layout:
+                    use_layout(here.layout)
+                if start.names:
+                    _restore(start, vars(module))
             yield module
         finally:
             sys.modules["__main__"] = main
+            sys.path[:] = path
     finally:
         tape.set_player(None)
         set_current(None)
         for library in libraries:
             library._destroy()
         dist.destroy_process_group()
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(is_deterministic)
+        c10d._new_process_group_helper = make_group
+        _set_flags(before["num_threads"], before["is_deterministic"], before["default_dtype"])
         tape.restore_random_states(states)
+
+
+def _restore(start: TapeStart, namespace: dict[str, Any]) -> None:
+    try:
+        restore_names(start.names, namespace)
+    except Exception as error:  # unpickling runs the classes' own code
+        raise ReplayError(
+            f"the names that earlier cells had left on rank {start.rank} cannot be made here: {type(error).__name__}: {error}\n"
+            "replay where the recording ran, with the same modules at the same place"
+        ) from error
+
+
+def _without_peers(make: Callable[..., Any]) -> Callable[..., Any]:
+    """Have groups that the rank's code makes, of whatever backend, be made without connections."""
+
+    @functools.wraps(make)
+    def helper(group_size: int, group_rank: int, ranks: Sequence[int], backend: Any, *args: Any, **kwargs: Any) -> Any:
+        return make(group_size, group_rank, ranks, "fake", *args, **kwargs)
+
+    return helper
+
+
+def _set_flags(num_threads: int, is_deterministic: bool, default_dtype: str) -> None:
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(is_deterministic)
+    torch.set_default_dtype(getattr(torch, default_dtype))
 
 
 def _world() -> Any:
@@ -189,13 +242,17 @@ def _cells(records: list[Any]) -> list[_Cell]:
 class _Player:
     """Walks along the tape: cells are run, collectives and outside calls are answered."""
 
-    def __init__(self, records: list[Any]) -> None:
+    def __init__(self, records: list[Any], unkept: dict[str, str]) -> None:
         self._cells = _cells(records)
         self._now = self._cells[0] if self._cells else None
+        self._unkept = unkept
         self._num_collectives = 0
+        self._is_on_tape = True
         self.result: Any = None
         self.result_texts: list[str] = []
         self.is_cut_short = any(cell.end is None for cell in self._cells)
+        self.freed_from = ""
+        self.differing_results: list[str] = []
 
     def install(self) -> list[torch.library.Library]:
         remember_reduce_ops()
@@ -206,27 +263,79 @@ class _Player:
             libraries.append(library)
         return libraries
 
+    @contextmanager
+    def off_tape(self) -> Iterator[None]:
+        """While groups and names are put back: what that calls was done before the recording began."""
+        self._is_on_tape = False
+        try:
+            yield
+        finally:
+            self._is_on_tape = True
+
     def run(self, module: ModuleType) -> None:
-        """Run every cell of the tape; one that failed when it was recorded fails here too, for the caller to see."""
+        """Run every cell of the tape; one that failed when it was recorded fails here too, the last one for the caller to see."""
         for cell in self._cells:
             self._now = cell
             tape.restore_random_states(cell.start.random_states)
             try:
-                self._perform(cell.start, module)
+                text, value = self._perform(cell.start, module)
             except _EndOfTape:
                 return
-            rest = [c.text for c in cell.collectives] or [o.label for o in cell.outsides]
-            if rest:
-                raise ReplayError(f"the replay diverged in cell {cell.start.cell}: it ended, where the tape goes on with {rest[0]}")
+            except BaseException as error:
+                self._check_failure(cell, error)
+                if cell is self._cells[-1] and not isinstance(error, Freed):
+                    raise
+            else:
+                self._check_end(cell, text, value)
 
-    def _perform(self, start: CellStart, module: ModuleType) -> None:
-        if start.task == "source":
-            self.result_texts.append(text_of(run_source(start.text, module, start.cell)))
-        elif start.task == "push":
-            vars(module).update(_value(start))
-        elif start.task == "call":
-            function, args, kwargs = _value(start)
-            self.result = function(*args, **kwargs)
+    def _check_failure(self, cell: _Cell, error: BaseException) -> None:
+        """A cell raised: it must have done so when it was recorded."""
+        end = cell.end
+        if isinstance(error, ReplayError) or end is None or isinstance(error, Freed):
+            return
+        told = f"{type(error).__name__}: {error}"
+        if isinstance(error, NameError) and (name := error.name or "") in self._unkept:
+            raise ReplayError(
+                f"cell {cell.start.cell} reads {name!r}, which the tape does not hold: it was bound before the tape began\n"
+                f"it could not be kept: {self._unkept[name]}\nbegin recording before the cell that binds {name!r}"
+            ) from error
+        if end.outcome != Outcome.RAISED or end.error.partition(":")[0] != type(error).__name__:
+            then = f"raised {end.error}" if end.outcome == Outcome.RAISED else f"ended as {end.outcome}"
+            raise ReplayError(f"the replay diverged in cell {cell.start.cell}: it raised {told}, where the recorded one {then}") from error
+
+    def _check_end(self, cell: _Cell, text: str, value: Any) -> None:
+        """A cell ended well: so must the recorded one, with the same result."""
+        number = cell.start.cell
+        rest = [c.text for c in cell.collectives] or [o.label for o in cell.outsides]
+        if rest:
+            raise ReplayError(f"the replay diverged in cell {number}: it ended, where the tape goes on with {rest[0]}")
+        if cell.end is None or cell.end.outcome == Outcome.FREED:
+            return  # killed or stopped behind its last collective
+        if cell.end.outcome == Outcome.RAISED:
+            raise ReplayError(f"the replay diverged in cell {number}: it ended well, where the recorded one raised {cell.end.error}")
+        now = digest_of(value).value
+        if cell.end.digest and now != cell.end.digest:  # told, not raised: a result may be a time of day
+            then = cell.end.result_text or "another value"
+            self.differing_results.append(
+                f"cell {number}: {text or _short(value)} (hash {now or 'none'}), on the tape {then} (hash {cell.end.digest})"
+            )
+
+    def _perform(self, start: CellStart, module: ModuleType) -> tuple[str, Any]:
+        """Run a cell: the text and value of its result."""
+        names = vars(module)
+        if start.task == Task.SOURCE:
+            value = run_source(start.text, module, start.cell)
+            text = text_of(value)
+            self.result_texts.append(text)
+            return text, value
+        if start.task == Task.PUSH:
+            names.update(_value(start))
+            return "", None
+        if start.task == Task.PULL:
+            return "", eval(start.text, names)
+        function, args, kwargs = _value(start)
+        self.result = function(*args, **kwargs)
+        return "", self.result
 
     def outside(self, label: str) -> Any:
         """What a call out of the rank brought."""
@@ -240,10 +349,12 @@ class _Player:
 
     def _collective(self, name: str, operation: Operation, keyset: Any, *args: Any) -> Any:
         assert self._now is not None
-        self._num_collectives += 1
         text = _full_text(operation, args)
+        if not self._is_on_tape:
+            return dropped(name, args)
+        self._num_collectives += 1
         if not self._now.collectives:
-            self._stop_or_diverge(text)
+            self._stop_or_diverge(text, operation.name)
         record = self._now.collectives.popleft()
         if record.text != text:
             place = f"cell {record.cell}, line {record.line}" if record.line else f"cell {record.cell}"
@@ -271,13 +382,32 @@ class _Player:
                 "the code, its inputs or its random numbers are not those of the recording"
             )
 
-    def _stop_or_diverge(self, asked: str) -> NoReturn:
+    def _stop_or_diverge(self, asked: str, op: str = "") -> NoReturn:
+        """The cell asks for more than its tape holds."""
         assert self._now is not None
-        if self._now.end is None:
+        end = self._now.end
+        if end is None:
             raise _EndOfTape
+        if op and end.unfinished == op:
+            if end.outcome == Outcome.FREED:
+                self.freed_from = asked if self._now is self._cells[-1] else ""
+                raise Freed(f"freed from {asked}: the cell was stopped when it was recorded")
+            raise _as_recorded(end.error)
         raise ReplayError(
             f"the replay diverged in cell {self._now.start.cell}: it asks for {asked}, where the tape has the end of the cell"
         )
+
+
+def _as_recorded(told: str) -> Exception:
+    """What a collective itself raised when it was recorded."""
+    kind, _, message = told.partition(": ")
+    found = getattr(errors, kind, None) or getattr(builtins, kind, None)
+    return found(message) if isinstance(found, type) and issubclass(found, Exception) else RuntimeError(told)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_TOLD else f"{text[:_LONGEST_TOLD]}..."
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,12 @@ import pickle
 import platform
 import random
 import struct
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import cloudpickle
 import numpy as np
@@ -25,7 +26,9 @@ import torch
 import workbench
 from workbench.errors import ReplayError
 from workbench.ranks.channel import Packed
+from workbench.ranks.messages import Outcome
 from workbench.ranks.operations import Operation, inputs_of
+from workbench.ranks.snapshot import files_of_modules
 
 __all__ = [
     "CellEnd",
@@ -35,13 +38,15 @@ __all__ = [
     "TapeReader",
     "TapeStart",
     "TapeWriter",
+    "current_writer",
     "set_player",
     "set_writer",
+    "tape_name",
     "through_tape",
 ]
 
 _FRAME = struct.Struct("<QI")
-_MAGIC = b"workbench tape 1\n"
+_MAGIC = b"workbench tape 2\n"
 T = TypeVar("T")
 
 
@@ -50,7 +55,11 @@ class TapeStart:
     """The rank and what its results depend on.
 
     Attributes:
-        names: cloudpickle of what earlier cells had left, name by name; `unkept` could not be pickled.
+        layout: pickle of the layout; its groups were formed where `has_layout`.
+        path: where modules were looked for.
+        names: what earlier cells had left, as `snapshot_names` gives it; b"" where there was nothing yet.
+        unkept: name -> why it is not among them.
+        files: checksums of the user's own modules that were imported.
     """
 
     rank: int
@@ -59,9 +68,13 @@ class TapeStart:
     num_threads: int
     cpu_capability: str
     is_deterministic: bool
+    default_dtype: str
     layout: bytes
-    names: dict[str, bytes] = field(default_factory=dict)
-    unkept: tuple[str, ...] = ()
+    has_layout: bool = False
+    path: tuple[str, ...] = ()
+    names: bytes = b""
+    unkept: dict[str, str] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +116,23 @@ class Outside:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellEnd:
+    """How a cell ended.
+
+    Attributes:
+        outcome: an `Outcome`.
+        digest: of its result; "" where that has no content to compare.
+        error: "kind: message" of what it raised.
+        unfinished: the collective that it was in when it raised or was freed.
+        files: checksums of the user's own modules that it imported.
+    """
+
     cell: int
     outcome: str
     result_text: str
+    digest: str
     error: str
+    unfinished: str = ""
+    files: dict[str, int] = field(default_factory=dict)
 
 
 def environment() -> dict[str, Any]:
@@ -121,6 +147,7 @@ def environment() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "is_deterministic": torch.are_deterministic_algorithms_enabled(),
+        "default_dtype": str(torch.get_default_dtype()).removeprefix("torch."),
     }
 
 
@@ -135,39 +162,85 @@ def restore_random_states(data: bytes) -> None:
     torch.set_rng_state(torch_state)
 
 
-class TapeWriter:
-    """Appends frames; also the hook by which the interceptor tells of finished collectives."""
+def tape_name(rank: int) -> str:
+    """The file of one rank in a folder of tapes."""
+    return f"rank-{rank}.tape"
 
-    def __init__(self, path: Path) -> None:
+
+class TapeWriter:
+    """Appends frames; also the hook by which the interceptor tells of finished collectives.
+
+    A tape that would grow beyond `most_bytes` ends there, as one that was cut short does.
+    """
+
+    def __init__(self, path: Path, most_bytes: int | None = None) -> None:
+        self.num_bytes = 0
+        self.can_go_on = True  # what a later cell needs stands here, or follows from it
+        self._most = most_bytes
+        self._is_full = False
+        self._path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         os.write(self._file, _MAGIC)
         self._num_calls = 0
         self._cell = 0
         self._inputs: tuple[torch.Tensor, ...] = ()
+        self._unfinished = ""
+        self._modules: set[str] = set()
 
     def write(self, record: Any) -> None:
+        if self._is_full:
+            return
         data = cloudpickle.dumps(record)
-        os.writev(self._file, [_FRAME.pack(len(data), zlib.crc32(data)), data])
+        self.num_bytes += len(data)
+        if self._most is not None and self.num_bytes > self._most:
+            self._is_full, self.can_go_on = True, False
+            return
+        frame = [_FRAME.pack(len(data), zlib.crc32(data)), data]
+        try:
+            is_whole = os.writev(self._file, frame) == _FRAME.size + len(data)
+        except OSError:
+            is_whole = False
+        if not is_whole:  # the disk is full: the cell is worth more than its tape
+            self._is_full, self.can_go_on = True, False
+            print(f"the tape {self._path} could not be written any further; it ends here", file=sys.stderr)
 
-    def start(self, *, rank: int, world_size: int, layout: Any, names: dict[str, Any]) -> None:
-        kept: dict[str, bytes] = {}
-        unkept: list[str] = []
-        for name, value in names.items():
-            try:
-                kept[name] = cloudpickle.dumps(value)
-            except Exception:
-                unkept.append(name)
+    def start(
+        self, *, rank: int, world_size: int, layout: Any, has_layout: bool, names: bytes = b"", unkept: dict[str, str] | None = None
+    ) -> None:
+        files = files_of_modules(self._modules)
         self.write(
-            TapeStart(rank=rank, world_size=world_size, layout=cloudpickle.dumps(layout), names=kept, unkept=tuple(unkept), **environment())
+            TapeStart(
+                rank=rank,
+                world_size=world_size,
+                layout=cloudpickle.dumps(layout),
+                has_layout=has_layout,
+                names=names,
+                path=tuple(sys.path),
+                unkept=unkept or {},
+                files=files,
+                **environment(),
+            )
         )
 
     def begin_cell(self, cell: int, task: str, text: str, value: Packed | None) -> None:
-        self._cell = cell
+        self._cell, self._unfinished = cell, ""
         parts = () if value is None else (bytes(value.data), *(bytes(buffer) for buffer in value.buffers))
         self.write(CellStart(cell=cell, task=task, text=text, value=parts, random_states=random_states()))
 
-    def end_cell(self, outcome: str, result_text: str, error: str) -> None:
-        self.write(CellEnd(cell=self._cell, outcome=outcome, result_text=result_text, error=error))
+    def end_cell(self, outcome: Outcome, result_text: str, digest: str, error: str) -> None:
+        if outcome is Outcome.FREED and not self._unfinished:
+            self.can_go_on = False  # stopped in the middle of its own code: nobody knows where
+        self.write(
+            CellEnd(
+                cell=self._cell,
+                outcome=outcome,
+                result_text=result_text,
+                digest=digest,
+                error=error,
+                unfinished=self._unfinished,
+                files=files_of_modules(self._modules),
+            )
+        )
 
     def outside(self, label: str, value: Any) -> None:
         self.write(Outside(cell=self._cell, label=label, data=cloudpickle.dumps(value)))
@@ -175,15 +248,18 @@ class TapeWriter:
     def before(self, operation: Operation, args: tuple[Any, ...]) -> bool:
         """Keep what the rank is about to give: the call may write over it."""
         self._inputs = tuple(t.detach().cpu().clone() for t in inputs_of(operation, args))
+        self._unfinished = operation.name
         return False
 
     def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Keep what a call gave, under the number at which it was begun."""
         cell, index, inputs = self._cell, self._num_calls, self._inputs
         self._num_calls += 1
+        self._unfinished = op if op.startswith("recv") else ""
 
         def write() -> None:
             outputs = tuple(t.detach().cpu().clone() for t in tensors)
+            self._unfinished = ""
             self.write(Collective(cell=cell, index=index, op=op, text=text, line=line, inputs=inputs, outputs=outputs))
 
         return write
@@ -200,40 +276,43 @@ class TapeReader:
     """
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.path = folder / f"rank-{rank}.tape"
+        self.path = folder / tape_name(rank)
         if not self.path.is_file():
             held = sorted(p.name for p in folder.glob("rank-*.tape")) if folder.is_dir() else []
             raise ReplayError(
                 f"{folder} has no tape of rank {rank}\nit holds {', '.join(held) or 'no tapes'}\nrecord one: with cluster.record(dir): ..."
             )
-        found = self.path.stat()
-        if found.st_uid != os.getuid() or found.st_mode & 0o022:
-            raise ReplayError(
-                f"{self.path} belongs to another user or can be written by others\na tape runs code: own it, and chmod 600 it"
-            )
         self.is_cut_short = False
-        self.records = list(self._read())
+        with self.path.open("rb") as file:
+            found = os.fstat(file.fileno())  # of the file that is read, whatever the name points to later
+            if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                raise ReplayError(
+                    f"{self.path} belongs to another user or can be written by others\na tape runs code: own it, and chmod 600 it"
+                )
+            self.records = list(self._read(file))
         if not self.records or not isinstance(self.records[0], TapeStart):
             raise ReplayError(f"{self.path} is cut short before its first record\nrecord it again")
 
-    def _read(self) -> Iterator[Any]:
-        with self.path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise ReplayError(f"{self.path} is no tape of this version of workbench ({workbench.__version__})\nrecord it again")
-            while head := file.read(_FRAME.size):
-                if len(head) < _FRAME.size:
-                    self.is_cut_short = True
-                    return
-                size, checksum = _FRAME.unpack(head)
-                data = file.read(size)
-                if len(data) < size:
-                    self.is_cut_short = True
-                    return
-                if zlib.crc32(data) != checksum:
-                    raise ReplayError(
-                        f"{self.path} is damaged: a record at byte {file.tell() - size} does not match its checksum\nrecord it again"
-                    )
-                yield pickle.loads(data)
+    def _read(self, file: BinaryIO) -> Iterator[Any]:
+        magic = file.read(len(_MAGIC))
+        if magic != _MAGIC:
+            is_other = magic.startswith(_MAGIC[:15])
+            what = "was written by another version of workbench" if is_other else "is no tape of workbench"
+            raise ReplayError(f"{self.path} {what}\nit begins with {magic[:16]!r}, not {_MAGIC[:16]!r}\nrecord it again")
+        while head := file.read(_FRAME.size):
+            if len(head) < _FRAME.size:
+                self.is_cut_short = True
+                return
+            size, checksum = _FRAME.unpack(head)
+            data = file.read(size)
+            if len(data) < size:
+                self.is_cut_short = True
+                return
+            if zlib.crc32(data) != checksum:
+                raise ReplayError(
+                    f"{self.path} is damaged: a record at byte {file.tell() - size} does not match its checksum\nrecord it again"
+                )
+            yield pickle.loads(data)
 
 
 _writer: TapeWriter | None = None  # of this rank, while it records
@@ -245,7 +324,7 @@ def set_writer(writer: TapeWriter | None) -> None:
     _writer = writer
 
 
-def writer() -> TapeWriter | None:
+def current_writer() -> TapeWriter | None:
     return _writer
 
 
@@ -268,31 +347,3 @@ def through_tape(label: str, call: Callable[[], T]) -> T:
     if _writer is not None:
         _writer.outside(label, value)
     return value
-
-
-def start_tape(folder: str) -> None:
-    """Runs in a rank: begin its tape, with the names that earlier cells left."""
-    import sys
-
-    from workbench.ranks.current import current
-
-    me = current()
-    assert me.process is not None
-    ours = {"rank", "world_size", "group", "groups", "torch", "dist", "wb"}
-    held = vars(sys.modules["__main__"])
-    names = {name: value for name, value in held.items() if not name.startswith("__") and name not in ours}
-    made = TapeWriter(Path(folder) / f"rank-{me.rank}.tape")
-    made.start(rank=me.rank, world_size=me.world_size, layout=me.layout, names=names)
-    me.process.interceptor.hooks.append(made)
-    set_writer(made)
-
-
-def stop_tape() -> None:
-    """Runs in a rank: close its tape."""
-    from workbench.ranks.current import current
-
-    process = current().process
-    if process is not None and _writer is not None:
-        process.interceptor.hooks.remove(_writer)
-        _writer.close()
-        set_writer(None)

@@ -6,7 +6,6 @@ Each is a folder as `Run.save` writes it, named by its time; writing happens in 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import RunError
+from workbench.home import home
 from workbench.run import Run
 from workbench.store.folder import MANIFEST, save_run
 
@@ -31,8 +31,7 @@ _KEEPER = "workbench-keep-run"  # name of the threads that write
 
 def runs_home() -> Path:
     """Where runs are kept: `$WORKBENCH_HOME/runs`, else `~/.cache/workbench/runs`."""
-    home = os.environ.get("WORKBENCH_HOME")
-    return (Path(home).expanduser() if home else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "workbench") / "runs"
+    return home() / "runs"
 
 
 def keep_run(run: Run) -> threading.Thread:
@@ -42,25 +41,25 @@ def keep_run(run: Run) -> threading.Thread:
     return thread
 
 
-def _keep(run: Run, home: Path) -> None:
+def _keep(run: Run, folder: Path) -> None:
     now = datetime.now(UTC).strftime("%Y%m%d-%H%M%S.%f")
     try:
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        save_run(run, home / f"{now}-{uuid.uuid4().hex[:6]}")
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        save_run(run, folder / f"{now}-{uuid.uuid4().hex[:6]}")
     except (OSError, RunError) as error:
         told = str(error).splitlines()[0]
-        print(f"workbench: this run was not kept in {home} ({told}); run.save(folder) still works", file=sys.stderr)
-    for old in [*sorted(_kept_folders(home))[:-NUM_KEPT], *_half_written(home)]:
+        print(f"workbench: this run was not kept in {folder} ({told}); run.save(folder) still works", file=sys.stderr)
+    for old in [*sorted(_kept_folders(folder))[:-NUM_KEPT], *_half_written(folder)]:
         shutil.rmtree(old, ignore_errors=True)  # another driver may be pruning the same folder
 
 
-def _half_written(home: Path) -> list[Path]:
+def _half_written(folder: Path) -> list[Path]:
     """What drivers that were killed while they wrote left more than an hour ago."""
-    return [path for path in home.glob(".*") if path.is_dir() and time.time() - path.stat().st_mtime > 3600]
+    return [path for path in folder.glob(".*") if path.is_dir() and time.time() - path.stat().st_mtime > 3600]
 
 
-def _kept_folders(home: Path) -> list[Path]:
-    return [path.parent for path in home.glob(f"[0-9]*/{MANIFEST}")]
+def _kept_folders(folder: Path) -> list[Path]:
+    return [path.parent for path in folder.glob(f"[0-9]*/{MANIFEST}")]
 
 
 def kept_runs() -> pd.DataFrame:
