@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import workbench as wb
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[wb.Cluster]:
+    with wb.launch(2) as cluster:
+        yield cluster
 
 
 def sums() -> dict[str, tuple[tuple[int, ...], float]]:
@@ -44,7 +52,7 @@ def test_groups_survive_a_stop_and_a_death_and_those_of_your_own_say_they_are_st
         cluster.execute("mine = wb.Group.create([1, 0], 'mine')\nheld = groups['tp']")
         with pytest.raises(wb.RankTimeout) as stopped:
             cluster.run(waits, timeout_s=1)
-        assert "groups[\"tp\"].all_gather" in str(stopped.value) and "'tp'" in str(stopped.value)
+        assert 'groups["tp"].all_gather' in str(stopped.value) and "'tp'" in str(stopped.value)
         assert cluster.run(sums) == [expected(layout, rank) for rank in range(4)]
         cluster.kill(2)
         cluster.respawn(2)
@@ -68,3 +76,61 @@ def test_a_mistake_of_one_rank_reaches_all_with_the_check_on() -> None:
 
     with wb.launch(2) as cluster:
         assert cluster.run(body, timeout_s=30) == [["ValueError", "GroupError", "2.0"], ["GroupError", "GroupError", "2.0"]]
+
+
+def every_kind() -> list[object]:
+    import torch
+
+    g = wb.current().group
+    large = {"text": "x" * 5000, "rank": 1}
+    told: list[object] = [g.broadcast_object(large if g.rank == 1 else None, src=1), g.all_gather_object([g.rank] * 9)]
+    if g.rank == 0:
+        g.send_object(large, dst=1)
+    else:
+        told.append(g.recv_object(0))
+    values = {"a": torch.ones(3000), "n": 3} if g.rank == 0 else None
+    told += [g.all_gatherv(torch.ones(2000 * g.rank + 1)).sum().item(), [*(g.broadcast_tensor_dict(values) or {})]]
+    return [*told, g.all_reduce(torch.ones(2)).tolist()]
+
+
+def test_the_ledger_shows_one_row_under_the_name_that_was_called() -> None:
+    with wb.launch(2) as cluster:
+        cluster.run(every_kind)
+        rows = cluster.ledger()
+        ours = rows[(rows["rank"] == 0) & (rows.op != "barrier")]
+        called = ["broadcast_object", "all_gather_object", "send", "send", "all_gatherv", "broadcast_tensor_dict", "all_reduce"]
+        assert list(ours.op) == called
+        bytes_of = dict(zip(ours.op, ours.num_bytes, strict=True))
+        assert bytes_of["broadcast_object"] == 0 and bytes_of["all_gatherv"] == 4 and bytes_of["all_reduce"] == 8
+        assert 12_000 < bytes_of["broadcast_tensor_dict"] < 13_000 and (rows.wait_s <= rows.duration_s).all()
+        cluster.execute("import time; time.sleep(0.3 * rank); group.all_reduce(torch.ones(1))")
+        waited = cluster.ledger().tail(2).set_index("rank")
+        assert list(waited.op.unique()) == ["all_reduce"] and waited.wait_s[0] > 0.2 > waited.wait_s[1]
+
+
+def test_objects_of_a_recorded_rank_are_replayed(tmp_path: Path) -> None:
+    with wb.launch(2) as cluster:
+        with cluster.record(tmp_path):
+            results = cluster.run(every_kind)
+    for rank in range(2):
+        assert wb.replay(tmp_path, rank=rank).result == results[rank]
+
+
+@pytest.mark.parametrize(("call", "shown"), [
+    ("all_reduce(torch.ones(1))", "all_reduce"), ("all_gather(torch.ones(1))", "all_gather"), ("barrier()", "barrier"),
+    ("broadcast_object(1, src=1)", "broadcast_object"), ("all_gatherv(torch.ones(1))", "all_gatherv"),
+    ("gather_object(1)", "gather_object"), ("reduce_scatter(torch.ones(2), dim=0)", "reduce_scatter"), ("broadcast_tensor_dict({}, src=1)", "broadcast_tensor_dict"),
+    ("create_mq_broadcaster(1)", "create_mq_broadcaster"), ("dispatch(*[torch.ones(1, 1)] * 3)", "dispatch"),
+])  # fmt: skip
+def test_a_rank_that_waits_is_shown_in_the_operation_that_it_called(pair: wb.Cluster, call: str, shown: str) -> None:
+    with pytest.raises(wb.RankDeadlock) as told:
+        pair.execute(f"if rank == 0:\n    group.{call}")
+    assert f"rank 0 waits in {shown} (line 2); rank 1 finished the cell without it" in str(told.value)
+    assert pair.execute("group.all_gather_object(rank)")[0].result_text == "[0, 1]"
+
+
+def test_one_of_our_operations_that_meets_one_of_torchs_is_told_by_both_names(pair: wb.Cluster) -> None:
+    with pytest.raises(wb.CollectiveMismatch) as told:
+        pair.execute("group.all_reduce(torch.ones(1)) if rank == 0 else dist.barrier()")
+    assert "rank 0 called Group.all_reduce(sum float32 [1])" in str(told.value) and "rank 1 called barrier()" in str(told.value)
+    assert pair.execute("group.all_gather_object(rank)")[0].result_text == "[0, 1]"

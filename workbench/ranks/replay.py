@@ -39,6 +39,7 @@ from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remembe
 from workbench.ranks.shown import text_of
 from workbench.ranks.snapshot import changed_files, restore_names
 from workbench.ranks.tape import CellEnd, CellStart, Collective, Outside, TapeReader, TapeStart
+from workbench.ranks.wire import signing_with
 
 __all__ = ["Replayed", "replay"]
 
@@ -104,7 +105,7 @@ def replay(folder: str | os.PathLike[str], *, rank: int, strict: bool = True) ->
             "this process is already a rank of a process group\nreplay in a process that is none, such as the notebook's kernel"
         )
     player = _Player(reader.records[1:], start.unkept)
-    with _as_rank(start, player) as module:
+    with signing_with(start.key), _as_rank(start, player) as module:
         player.run(module)
     return Replayed(
         rank=rank,

@@ -29,6 +29,7 @@ from workbench.ranks.channel import Packed
 from workbench.ranks.messages import Outcome
 from workbench.ranks.operations import Operation, inputs_of
 from workbench.ranks.snapshot import files_of_modules
+from workbench.ranks.wire import KEY_VARIABLE
 
 __all__ = [
     "CellEnd",
@@ -59,6 +60,7 @@ class TapeStart:
         path: where modules were looked for.
         names: what earlier cells had left, as `snapshot_names` gives it; b"" where there was nothing yet.
         unkept: name -> why it is not among them.
+        key: with which the cluster signed its objects: a replay gives the same bytes.
         files: checksums of the user's own modules that were imported.
     """
 
@@ -71,6 +73,7 @@ class TapeStart:
     default_dtype: str
     layout: bytes
     has_layout: bool = False
+    key: str = ""
     path: tuple[str, ...] = ()
     names: bytes = b""
     unkept: dict[str, str] = field(default_factory=dict)
@@ -218,6 +221,7 @@ class TapeWriter:
                 path=tuple(sys.path),
                 unkept=unkept or {},
                 files=files,
+                key=os.environ.get(KEY_VARIABLE, ""),
                 **environment(),
             )
         )

@@ -12,7 +12,8 @@ import hmac
 import io
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import cloudpickle
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from workbench.errors import GroupError
 
-__all__ = ["KEY_VARIABLE", "bytes_of", "check_dense", "dtype_name", "dtype_of", "from_bytes", "joined", "seal", "unseal"]
+__all__ = ["KEY_VARIABLE", "bytes_of", "check_dense", "dtype_name", "dtype_of", "from_bytes", "joined", "seal", "signing_with", "unseal"]
 
 KEY_VARIABLE = "WORKBENCH_KEY"
 _DIGEST_BYTES = 32
@@ -111,6 +112,20 @@ def unseal(sealed: Tensor, *, checks: bool = True) -> Any:
             "start all ranks with the same key; a foreign process may be connected to this world"
         )
     return pickle.loads(view[_DIGEST_BYTES:])
+
+
+@contextmanager
+def signing_with(key: str) -> Iterator[None]:
+    """Objects are signed, and their signatures checked, with another cluster's key."""
+    before = os.environ.get(KEY_VARIABLE)
+    os.environ[KEY_VARIABLE] = key
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[KEY_VARIABLE]
+        else:
+            os.environ[KEY_VARIABLE] = before
 
 
 def _written(dump: Callable[..., None], obj: Any) -> memoryview:
