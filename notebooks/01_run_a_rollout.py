@@ -196,6 +196,29 @@ print("prompts on each rank:", cluster.pull("len(mine)"))
 print("same tokens:", greedy_tokens() == first, "- same engine process:", engine.pids == pids)
 
 # %% [markdown]
+# ## Exercise
+#
+# Level 2 discards the weights instead of keeping them. Put the engine to sleep at level 2, look at its memory, wake it, and
+# compare the greedy tokens once more. Where did the weights come from? Begin here:
+
+# %%
+print("the engine is", engine.status)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# engine.sleep(2)
+# print(demo.memory_mib(engine))
+# engine.wake_up()
+# assert greedy_tokens() == first
+# ```
+#
+# They were loaded again from the checkpoint, or, had a training loop pushed newer ones, from what it pushed last. Notebook
+# 06 goes on from here.
+#
+# </details>
+#
 # Closing ends the ranks and the engine; so does the end of the notebook's kernel, whichever way it ends.
 
 # %%
@@ -203,5 +226,4 @@ cluster.close()
 print(cluster)
 
 # %% [markdown]
-# **Try next:** other prompts per rank in the first cell on the ranks, `sleep_level=2`, or `mode="grouped", tp=2` in
-# `start_engine`.
+# **Try next:** other prompts per rank in the first cell on the ranks, or `mode="grouped", tp=2` in `start_engine`.

@@ -29,6 +29,8 @@ CELL_LIMIT_S = 300
 KERNEL = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}  # in every environment with ipykernel
 KEPT_TYPES = ("image/png", "image/svg+xml", "text/html", "text/markdown", "text/plain")
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
+LIBRARY_FRAME = re.compile(r'^  File "/[^\n]*\n(?:    [^\n]*\n)*', re.MULTILINE)  # those of the cell are called "<cell 3>"
 
 Cell = tuple[str, str, tuple[str, ...]]
 
@@ -96,6 +98,9 @@ def _clean_output(output: Any) -> Any:
         output.text = ADDRESS.sub("", output.text)
         return output if output.text.strip() else None
     if output.output_type == "error":
+        frames = [part for part in output.traceback if not COLORS.sub("", part).startswith("File ")]  # the driver's, then the ranks'
+        output.traceback = [LIBRARY_FRAME.sub("", part) for part in frames]
+        output.evalue = LIBRARY_FRAME.sub("", output.evalue)
         return output
     data = {kind: output.data[kind] for kind in KEPT_TYPES if kind in output.data}
     if not data.get("text/html", "shown").strip() and set(data) <= {"text/html", "text/plain"}:  # a progress line, taken away again

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
@@ -29,30 +30,51 @@ def names(path: Path) -> str:
     return path.stem
 
 
+def with_solutions(notebook: Any) -> Any:
+    """The notebook with each solution, hidden in its text, as a cell to run in that place."""
+    cells = []
+    for cell in notebook.cells:
+        cells.append(cell)
+        if "<summary>Solution" in cell.source:
+            cells += [new_code_cell(code) for code in re.findall(r"```python\n(.*?)```", cell.source, re.DOTALL)]
+    notebook.cells = cells
+    return notebook
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=names)
 def test_a_notebook_has_the_cells_of_its_source(source):
     assert building.is_in_step(source), f"{source.stem}.ipynb does not have the cells of its source; build it: make notebooks"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=names)
-def test_what_is_kept_of_a_notebook_has_pictures_and_no_noise(source):
+def test_what_is_kept_of_a_notebook_has_pictures_or_tables_and_no_noise(source):
     path = building.target_of(source)
     text = path.read_text()
     notebook = nbformat.read(path, as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"} and notebook.metadata.kernelspec.name == "python3"
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
-    assert '"image/png"' in text and path.stat().st_size < 300_000
+    assert ('"image/png"' in text or '"text/html"' in text) and path.stat().st_size < 300_000
     assert not re.search(r"0x[0-9a-f]{8,}", text) and "/site-packages/" not in text
     errors = [cell for cell in notebook.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
     assert all("raises-exception" in cell.metadata.tags for cell in errors)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=names)
+def test_a_notebook_opens_with_what_it_is_about_and_has_an_exercise_and_a_fault(source):
+    cells = nbformat.read(building.target_of(source), as_version=4).cells
+    assert all(f"**{promise}**" in cells[0].source for promise in ("You will", "You will learn", "You need"))
+    assert cells[0].source.startswith("# ") and re.search(r"minute", cells[0].source.rpartition("**You need**")[2])
+    assert any("## Exercise" in cell.source for cell in cells)
+    assert len(with_solutions(nbformat.read(building.target_of(source), as_version=4)).cells) == len(cells) + 1
+    assert any("raises-exception" in cell.metadata.get("tags", ()) for cell in cells)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=names)
 def test_a_notebook_runs_from_the_top(source):
-    """That no process is left afterwards is held by the check around every test."""
+    """With the solutions of its exercises. That no process is left afterwards is held by the check around every test."""
     import jupytext
 
-    notebook = jupytext.read(source)
+    notebook = with_solutions(jupytext.read(source))
     building.execute(notebook, source.parent)
     told = [cell for cell in notebook.cells if "raises-exception" in cell.metadata.get("tags", ())]
     assert all(any(output.output_type == "error" for output in cell.outputs) for cell in told), "a cell that should raise did not"
@@ -85,13 +107,19 @@ def test_cleaning_keeps_pictures_and_drops_noise():
             metadata={"image/png": {"width": 9}, "other": 1},
         ),
     ]
-    notebook = new_notebook(cells=[cell, new_code_cell("1")], metadata={"widgets": {"state": {}}})
+    frames = ["\x1b[36mCell\x1b[39m In[3], line 1", "\x1b[36mFile \x1b[39m/home/me/workbench/ranks/cluster.py:7", "RankFailed: rank 1\n"]
+    rank = '  File "<cell 3>", line 2, in <module>\n    f(x)\n  File "/home/me/lib.py", line 9, in f\n    g(x)\n    ^^^^\nValueError: x\n'
+    failed = new_code_cell("2", outputs=[new_output("error", ename="RankFailed", evalue=rank, traceback=[*frames, rank])])
+    notebook = new_notebook(cells=[cell, new_code_cell("1"), failed], metadata={"widgets": {"state": {}}})
     building.clean(notebook)
     stream, result = notebook.cells[0].outputs
     assert stream.text == "<object>\n"
     assert result.data == {"image/png": "abc", "text/plain": "<A>"} and result.metadata == {"image/png": {"width": 9}}
     assert notebook.cells[0].metadata == {"tags": ["keep"]} and "widgets" not in notebook.metadata
-    assert [c.execution_count for c in notebook.cells] == [1, 2] and result.execution_count == 1
+    assert [c.execution_count for c in notebook.cells] == [1, 2, 3] and result.execution_count == 1
+    (error,) = notebook.cells[2].outputs
+    assert error.evalue == '  File "<cell 3>", line 2, in <module>\n    f(x)\nValueError: x\n'
+    assert error.traceback == [frames[0], frames[2], error.evalue]
     assert notebook.cells[1].id == f"{notebook.cells[0].id}-1"  # equal cells, different ids, both from the cells alone
     nbformat.validate(notebook)
 
