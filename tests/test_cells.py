@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,24 @@ def test_arguments_travel_and_results_come_back_in_rank_order(cluster):
     assert cluster.run(scaled, torch.ones(2), by=10, ranks=[3, 1])[0].tolist() == [11.0, 11.0]
     assert cluster.run(lambda: wb.current().rank, ranks="1-2") == [1, 2]
     assert cluster.run(lambda: None) == [None] * 4
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held, from the kernel."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def test_a_large_tensor_travels_in_one_copy(cluster):
+    size = 200_000_000
+    before = cluster.run(peak_bytes, ranks=0)[0]
+    cluster.push({"large": torch.ones(size // 4)}, ranks=0)
+    grown = cluster.run(peak_bytes, ranks=0)[0] - before
+    assert 0.9 * size < grown < 1.3 * size
+    own = peak_bytes()
+    large = cluster.pull("large", ranks=0)[0]
+    assert large.shape == (size // 4,) and float(large[-1]) == 1.0
+    assert peak_bytes() - own < 1.3 * size
 
 
 def test_pull_takes_expressions(cluster):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -60,6 +61,30 @@ def test_a_large_array_stays_outside_its_pickle_and_is_writable(pair):
     back = unpack(value)["big"]
     assert header == "header" and np.array_equal(back, sent)
     back[0] = 5
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(6.0).reshape(2, 3).t(),
+        torch.ones(4, dtype=torch.bfloat16),
+        torch.tensor(True),
+        torch.zeros(0, 3),
+        torch.ones(2, requires_grad=True),
+        torch.ones(3, dtype=torch.complex64).conj(),
+        torch.eye(3).to_sparse(),
+    ],
+    ids=lambda tensor: f"{tensor.dtype}-{tuple(tensor.shape)}",
+)
+def test_tensors_travel_as_they_are(tensor):
+    got = unpack(pack({"x": tensor}))["x"]
+    assert (got.dtype, got.shape, got.requires_grad, got.layout) == (tensor.dtype, tensor.shape, tensor.requires_grad, tensor.layout)
+    assert torch.equal(got.to_dense(), tensor.to_dense())
+
+
+def test_a_large_tensor_stays_outside_its_pickle():
+    packed = pack([torch.zeros(1_000_000)])
+    assert len(packed.data) < 1000 and packed.num_bytes > 4_000_000
 
 
 def test_a_full_socket_keeps_the_rest_for_later(pair):
