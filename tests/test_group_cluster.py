@@ -119,7 +119,8 @@ def test_objects_of_a_recorded_rank_are_replayed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("call", "shown"), [
     ("all_reduce(torch.ones(1))", "all_reduce"), ("all_gather(torch.ones(1))", "all_gather"), ("barrier()", "barrier"),
     ("broadcast_object(1, src=1)", "broadcast_object"), ("all_gatherv(torch.ones(1))", "all_gatherv"),
-    ("gather_object(1)", "gather_object"), ("reduce_scatter(torch.ones(2), dim=0)", "reduce_scatter"), ("broadcast_tensor_dict({}, src=1)", "broadcast_tensor_dict"),
+    ("gather_object(1)", "gather_object"), ("reduce_scatter(torch.ones(2), dim=0)", "reduce_scatter"),
+    ("broadcast_tensor_dict({}, src=1)", "broadcast_tensor_dict"),
     ("create_mq_broadcaster(1)", "create_mq_broadcaster"), ("dispatch(*[torch.ones(1, 1)] * 3)", "dispatch"),
 ])  # fmt: skip
 def test_a_rank_that_waits_is_shown_in_the_operation_that_it_called(pair: wb.Cluster, call: str, shown: str) -> None:

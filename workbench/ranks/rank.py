@@ -44,6 +44,7 @@ from workbench.ranks.intercept import Freed, Interceptor
 from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
 from workbench.ranks.recording import FailureTape, writer_for
 from workbench.ranks.shown import open_figures, show_value, text_of
+from workbench.ranks.stateless_gloo import register_again
 
 __all__ = ["Rank", "main"]
 
@@ -256,6 +257,7 @@ class Rank:
         try:
             self.interceptor.shut()  # gloo's destructor would wait for calls that can no longer end
             dist.destroy_process_group()
+            register_again()
             self.interceptor.begin_generation(generation)
             self._join(generation)
             self.here.generation = generation

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
+import weakref
 from datetime import timedelta
 
 import torch
@@ -12,7 +14,10 @@ import torch.distributed.distributed_c10d as c10d
 from workbench.ranks import arguments
 from workbench.ranks.stateless import serve_or_join
 
-__all__ = ["destroy_stateless_gloo", "stateless_gloo"]
+__all__ = ["destroy_stateless_gloo", "register_again", "stateless_gloo"]
+
+_numbers = itertools.count()
+_formed: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def stateless_gloo(
@@ -20,8 +25,8 @@ def stateless_gloo(
 ) -> dist.ProcessGroup:
     """Form a gloo process group without touching torch's default one; a process may be in several, in each with another rank.
 
-    It takes the collectives of torch that name no rank: `dist.all_reduce(x, group=pg)`, `dist.all_gather_into_tensor`, `dist.barrier`.
-    Those with a src or dst ask torch for the rank in the default world: call them on the group itself, `pg.broadcast(x, 0).wait()`.
+    Torch's functions take it as `group=pg`; a `src` or `dst` is a rank within it, as the processes may share no world. What asks for the
+    default world is not for it: `dist.get_rank(pg)` (say `pg.rank()`), `dist.get_backend(pg)`.
 
     Args:
         port: one that rank 0 can serve on; see `free_port`.
@@ -42,10 +47,22 @@ def stateless_gloo(
     process_group._set_default_backend(kind)
     backend._set_sequence_number_for_group()
     process_group._register_backend(torch.device("cpu"), kind, backend)
+    process_group._set_group_name(f"stateless_{next(_numbers)}")
+    _formed.add(process_group)
+    register_again()
     return process_group
+
+
+def register_again() -> None:
+    """Have torch know the groups of this process, which it forgets whenever its default world is destroyed."""
+    for process_group in _formed - set(c10d._world.pg_group_ranks):
+        c10d._register_process_group(process_group.group_name, process_group)
+        c10d._world.pg_group_ranks[process_group] = {place: place for place in range(process_group.size())}
 
 
 def destroy_stateless_gloo(process_group: dist.ProcessGroup) -> None:
     """Close what `stateless_gloo` formed; others live on."""
+    _formed.discard(process_group)
     process_group.shutdown()
     c10d._unregister_process_group(process_group.group_name)
+    c10d._world.pg_group_ranks.pop(process_group, None)
