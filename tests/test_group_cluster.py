@@ -135,3 +135,23 @@ def test_one_of_our_operations_that_meets_one_of_torchs_is_told_by_both_names(pa
         pair.execute("group.all_reduce(torch.ones(1)) if rank == 0 else dist.barrier()")
     assert "rank 0 called Group.all_reduce(sum float32 [1])" in str(told.value) and "rank 1 called barrier()" in str(told.value)
     assert pair.execute("group.all_gather_object(rank)")[0].result_text == "[0, 1]"
+
+
+def test_groups_check_as_the_cluster_does() -> None:
+    def body() -> list[object]:
+        import torch
+
+        g, mine = wb.current().group, wb.Group.create([0, 1], "mine")
+        rows = g.all_gatherv(torch.full((600 * g.rank,), 1.0))  # sizes are told in any case
+        objects = mine.all_gather_object("x" * 3000 * g.rank)
+        return [g.checks, mine.checks, wb.current().groups["tp"].checks, rows.numel(), [len(o) for o in objects], g.all_reduce(rows).numel()]
+
+    with wb.launch(2, check_collectives=False) as cluster:
+        cluster.use(wb.Layout(2, tp=2))
+        assert cluster.run(body) == [[False, False, False, 600, [0, 3000], 600]] * 2
+        cluster.execute("group.all_reduce(torch.ones(1))")
+        assert list(cluster.ledger().tail(2).op) == ["all_reduce", "all_reduce"]
+        with pytest.raises(wb.RankFailed, match="ValueError: all_gather: invalid dim 3"):
+            cluster.execute("group.all_gather(torch.ones(2), dim=3)", timeout_s=20)
+        with pytest.raises(wb.CollectiveMismatch, match="rank 0 called Group.all_gather_object(.*), rank 1 called all_reduce"):
+            cluster.execute("group.all_gather_object(1) if rank == 0 else group.all_reduce(torch.ones(1))", timeout_s=20)

@@ -105,7 +105,13 @@ def named(operation: Callable[P, T]) -> Callable[P, T]:
 
 
 class Carrier(Protocol):
-    """What carries bytes beside a process group's own connections, through memory that the ranks share."""
+    """What carries bytes beside a process group's own connections, through memory that the ranks share.
+
+    Attributes:
+        is_checked: whether collectives are compared before they run.
+    """
+
+    is_checked: bool
 
     def carries(self, process_group: Any) -> bool:
         """Whether announcements of this group go over the board."""
@@ -118,6 +124,8 @@ class Carrier(Protocol):
 
 class _Gloo:
     """A process without a board: everything goes through gloo."""
+
+    is_checked = True
 
     def carries(self, process_group: Any) -> bool:
         return False

@@ -44,7 +44,7 @@ class Group(Collectives):
     _rows: list[int] | None = None
 
     @classmethod
-    def create(cls, ranks: Sequence[int], name: str = "group", *, checks: bool = True) -> Group:
+    def create(cls, ranks: Sequence[int], name: str = "group", *, checks: bool | None = None) -> Group:
         """Form a group; every rank of the world makes this call, members or not, in the same order.
 
         Returns:

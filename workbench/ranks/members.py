@@ -34,7 +34,8 @@ class Members:
         ranks: ranks of the world, in the group's order.
         rank: this process's rank in the world.
         rank_in_group: its place in `ranks`, -1 when it is no member.
-        checks: exchange announcements before each collective; off, mistakes that only peers could see are not caught.
+        checks: exchange announcements before each collective; off, mistakes that only peers could see are not caught. By default as
+            `check_collectives` of the cluster says.
     """
 
     def __init__(
@@ -44,14 +45,14 @@ class Members:
         *,
         name: str,
         rank: int,
-        checks: bool = True,
+        checks: bool | None = None,
         is_owner: bool = False,
     ) -> None:
         self.name = name
         self.ranks = tuple(ranks)
         self.rank = rank
         self.rank_in_group = self.ranks.index(rank) if rank in self.ranks else -1
-        self.checks = checks
+        self.checks = carrier().is_checked if checks is None else checks
         self._is_owner = is_owner
         self._is_closed = False
         self.rebind(process_group)

@@ -47,7 +47,7 @@ def stateless_gloo(
     process_group._set_default_backend(kind)
     backend._set_sequence_number_for_group()
     process_group._register_backend(torch.device("cpu"), kind, backend)
-    process_group._set_group_name(f"stateless_{next(_numbers)}")
+    process_group._set_group_name(c10d.GroupName(f"stateless_{next(_numbers)}"))
     _formed.add(process_group)
     register_again()
     return process_group
