@@ -22,9 +22,10 @@ _HOMES = {
     "workbench.ranks.current": "Current current is_first_rank print_first_rank",
     "workbench.ranks.launch": "launch",
     "workbench.ranks.replay": "Replayed replay",
+    "workbench.ranks.reproduce": "Reproduction reproduce",
     "workbench.errors": (
         "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError "
-        "RankFailed RankInterrupted RankTimeout ReplayError RunError StaleGroupError WorkbenchError"
+        "RankFailed RankInterrupted RankTimeout ReplayError RunError SessionError StaleGroupError WorkbenchError"
     ),
     "workbench.plan.layout": "Layout",
     "workbench.plan.lengths": "LengthStats length_stats",

@@ -16,6 +16,7 @@ WorkbenchError
 ├── ModelError (also ValueError)       a model that is not here, or cannot be made
 ├── EngineError                        an engine refused, failed or died
 ├── ReplayError                        a tape is missing, damaged or of another world, or its replay diverged
+├── SessionError                       a session's file cannot be written or read, or is not this user's
 └── RunError                           a run's folder cannot be written or read
 """
 
@@ -44,6 +45,7 @@ __all__ = [
     "RankTimeout",
     "ReplayError",
     "RunError",
+    "SessionError",
     "StaleGroupError",
     "WorkbenchError",
 ]
@@ -156,6 +158,10 @@ class EngineError(WorkbenchError):
 
 class ReplayError(WorkbenchError):
     """A tape cannot be read or replayed, or the replay diverged from it."""
+
+
+class SessionError(WorkbenchError):
+    """A session's file cannot be written or read, or was not saved by this user."""
 
 
 class RunError(WorkbenchError):

@@ -27,6 +27,7 @@ from workbench.ranks.channel import Packed, pack
 from workbench.ranks.failures import FailureKeeper
 from workbench.ranks.faults import Fault, arm, check_faults, disarm
 from workbench.ranks.handle import ActiveCell, CellHandle
+from workbench.ranks.history import History
 from workbench.ranks.ledger import ledger_frame, write_perfetto
 from workbench.ranks.messages import RunCell, Task
 from workbench.ranks.observer import Observed, Observer, rank_status, read_memory
@@ -36,6 +37,8 @@ from workbench.records import CollectiveTrace, Diagnosis, RankStatus
 if TYPE_CHECKING:
     import pandas as pd
 
+    from workbench.ranks.reproduce import Reproduction
+
 __all__ = ["Cluster"]
 
 _PROGRESS_AFTER_S = 2.0
@@ -44,7 +47,12 @@ _START_LIMIT_S = 120.0
 
 
 class Cluster:
-    """Ranks of one world; made by `wb.launch`. `with` closes it, and so does letting go of it."""
+    """Ranks of one world; made by `wb.launch`. `with` closes it, and so does letting go of it.
+
+    Attributes:
+        history: what was done with it since launch, for `save_session`.
+        report: what `wb.reproduce`, which made it, found; None for any other cluster.
+    """
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
@@ -57,6 +65,9 @@ class Cluster:
         self._failures = FailureKeeper(processes.tape_folder)
         if processes.options.records_failures:
             self._conductor.on_ended.append(self._failures)
+        self.history = History()
+        self.report: Reproduction | None = None
+        self._conductor.on_ended.append(self.history.ended)
         self._finalizer = weakref.finalize(self, _close, processes, self._owned)
 
     # -- what it is ---------------------------------------------------------------------------------------------------------------------
@@ -251,10 +262,12 @@ class Cluster:
             ValueError: a fault that could never happen.
         """
         check_faults(faults, self.world_size)
+        self.history.event("inject", value=faults)
         self._house(arm, faults)
         try:
             yield
         finally:
+            self.history.event("end inject")
             for link in self._processes.links:
                 link.signal(signal.SIGCONT)
             self._house_where_alive(disarm)
@@ -286,6 +299,7 @@ class Cluster:
         with self._lock:
             cell = self._new_cell(task, text, members, timeout_s, label, on_output)
             self._conductor.active = cell
+            self.history.add(cell.number, task, text, members, packed, timeout_s)
             message = RunCell(cell=cell.number, task=task, text=text, members=members)
             self._conductor.begin(cell, message, packed)
         handle = CellHandle(cell, lambda c: conductor.stop(c, "interrupt"))
@@ -387,6 +401,7 @@ class Cluster:
     def kill(self, rank: int) -> None:
         """kill -9 one rank, as a crash would."""
         link = self._processes.links[select_ranks(rank, self.world_size)[0]]
+        self.history.event("kill", link.rank)
         link.signal(signal.SIGKILL)
         self._until(lambda: link.is_dead, f"rank {rank} to end")
 
@@ -399,12 +414,14 @@ class Cluster:
         self._refuse_when_closed_or_busy()
         if not self._processes.links[select_ranks(rank, self.world_size)[0]].is_dead:
             raise ValueError(f"rank {rank} is alive (pid {self.pid(rank)}); cluster.kill({rank}) first, or cluster.restart() for all")
+        self.history.event("respawn", rank)
         self._renew({rank} | {link.rank for link in self._processes.links if link.is_dead})
 
     def restart(self) -> None:
         """Fresh ranks in place of all: empty namespaces, the next generation."""
         if self._is_closed:
             self._refuse_when_closed_or_busy()
+        self.history.event("restart")
         for link in self._processes.links:
             link.signal(signal.SIGKILL)
         self._until(lambda: all(link.is_dead for link in self._processes.links) and self._conductor.active is None, "the ranks to end")
@@ -460,6 +477,18 @@ class Cluster:
         from workbench.ranks.tracing import trace_collective
 
         return trace_collective(self, op, inputs, root=root, reduce_op=reduce_op, axis=axis, rank=rank)
+
+    def save_session(self, path: str | os.PathLike[str]) -> Path:
+        """Write what `wb.reproduce(path)` runs again: every cell since launch with hashes of what each rank gave, seeds, layout, versions.
+
+        Functions, arguments and pushed names are in it as pickles, up to 16 MiB each and 128 MiB in all; what is larger is named in it.
+
+        Raises:
+            SessionError: the file holds something else, or cannot be written.
+        """
+        from workbench.ranks.saving import save_session
+
+        return save_session(self._processes.options, self._layout, self.history, path)
 
     # -- end ----------------------------------------------------------------------------------------------------------------------------
 
