@@ -8,6 +8,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import sysconfig
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from workbench.ranks.operations import Operation
 __all__ = ["Call", "KnownGroup", "key_of", "mismatch_text", "place_of", "user_frame"]
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_NOT_USER_CODE = (os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
+_LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib", "stdlib")})
+_NOT_USER_CODE = (*_LIBRARIES, os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,7 @@ class KnownGroup:
         key: its name on the board: the same number on all members, another one in each generation.
         ranks: global ranks, in group order.
         connections: sockets that were opened to form it.
+        outlives_generations: it does not belong to the world's process group: a place of a stateless group.
     """
 
     key: int
@@ -41,6 +44,7 @@ class KnownGroup:
     ranks: tuple[int, ...]
     generation: int
     connections: frozenset[sockets.Connection] = frozenset()
+    outlives_generations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +58,8 @@ class Call:
         line, place: where it was called, for the driver.
         work: what its caller waits for, when it is asynchronous; held so that torch's object keeps its identity until then.
         called: the operation of ours that makes this call.
+        storages: where the tensors lie that an asynchronous call writes: functional collectives wait for a tensor, not for the work.
+        row: number of its row in the ledger, to be completed when it was waited for; -1 where there is none.
     """
 
     operation: Operation
@@ -66,6 +72,8 @@ class Call:
     sequence: int = 0
     sources: Sequence[tuple[int, int]] = ()
     work: Any = None
+    storages: frozenset[int] = frozenset()
+    row: int = -1
     called: Called | None = None
 
     @property

@@ -386,11 +386,16 @@ class Cluster:
 
     # -- asking and stopping ------------------------------------------------------------------------------------------------------------
 
-    def diagnose(self) -> Diagnosis:
-        """Who waits for whom, now; from any thread, also while a cell runs."""
+    def diagnose(self, *, native: bool | None = None) -> Diagnosis:
+        """Who waits for whom, now; from any thread, also while a cell runs.
+
+        Args:
+            native: read native stacks with py-spy, where it is installed and may look: True of every rank that runs (seconds), None of
+                those that do not answer, False of none.
+        """
         if self._is_closed:
             self._refuse_when_closed_or_busy()
-        return self._conductor.diagnose()
+        return self._conductor.diagnose(native=native)
 
     def interrupt(self) -> None:
         """Stop the cell that runs: every rank is free within a second, names kept. Called again, stuck ranks are killed."""

@@ -197,7 +197,7 @@ class Conductor:
 
     def _begin_generation(self, generation: int, fresh: set[int]) -> None:
         self.generation = generation
-        self.groups = {}
+        self.groups = {key: group for key, group in self.groups.items() if group.outlives_generations}
         self.rebuild_errors = {}
         self._rebuilding = {link.rank for link in self.links if not link.is_dead and link.rank not in fresh}
         for rank in self._rebuilding:
@@ -489,6 +489,8 @@ class Conductor:
         gloo holds on to those, and the next call of the others would meet them.
         """
         for key, group in self.groups.items():
+            if group.outlives_generations:
+                continue
             if not group.name.startswith(ANY_SOURCE) and len({self.board.count(rank, key) for rank in group.ranks}) > 1:
                 return True
         return False

@@ -1,7 +1,7 @@
 """One interception point for every collective of a rank: plain `dist.*`, accelerate, DDP's reducer, functional collectives.
 
     user code -> c10d operator -> here: post on the board, wait for peers, compare -> gloo -> note in the ledger
-    work.wait() of an asynchronous call ------------> here: wait for peers, compare -> gloo
+    work.wait(), wait_tensor of an asynchronous call -> here: wait for peers, compare -> gloo
     dist.new_group ---------------------------------> here: wait for the whole world -> torch
 
 Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared at once, and
@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,8 @@ from workbench.ranks.messages import ANY_SOURCE
 from workbench.ranks.operations import LEDGER_NAMES, NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops, tensors_in
 
 __all__ = ["Freed", "Hook", "Interceptor", "dropped"]
+
+T = TypeVar("T")
 
 # A layer above the backends' that torch leaves empty and that every call passes, inference mode included. The backend's own kernel stays in
 # place and is reached by redispatch, which gives up the GIL: held there, it deadlocks with a gloo thread that lets go of a finished
@@ -72,6 +74,11 @@ def dropped(name: str, args: tuple[Any, ...]) -> Any:
     return (args[0], work) if num_returns == 2 else work
 
 
+def _storages(tensors: Any) -> frozenset[int]:
+    """Where the tensors of an argument lie."""
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors_in(tensors))
+
+
 class Interceptor:
     """Puts itself between torch and gloo in this process; one a process, for good."""
 
@@ -84,7 +91,7 @@ class Interceptor:
         self.is_busy = False  # the main thread is in a collective: a signal must wait
         self.was_shut = False  # gloo connections of this generation were shut
         self.hooks: list[Hook] = []
-        self._announce = announce
+        self.announce = announce
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
         self._channels: dict[int, int] = {}  # key of a channel -> key of its group
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
@@ -102,6 +109,9 @@ class Interceptor:
             library = torch.library.Library("c10d", "IMPL")
             library.impl(name, functools.partial(self._collective, name, operation), _LAYER, with_keyset=True)
             self._libraries.append(library)
+        library = torch.library.Library("_c10d_functional", "IMPL")
+        library.impl("wait_tensor", self._wait_tensor, _LAYER, with_keyset=True)
+        self._libraries.append(library)
         setattr(dist.Work, "wait", self._waiting(dist.Work.wait))  # noqa: B010  a plain assignment is refused by the type of a method
         c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
         for name in ("send", "recv"):
@@ -172,7 +182,7 @@ class Interceptor:
         group = KnownGroup(key=key, name=str(name), ranks=ranks, generation=self.generation, connections=new)
         self._groups[id(process_group)] = group
         weakref.finalize(process_group, self._forget, id(process_group), group).atexit = False
-        self._announce(group)
+        self.announce(group)
 
     def _forget(self, identity: int, group: KnownGroup) -> None:
         """Nobody holds this group any more: what it counts on the board may make room."""
@@ -272,11 +282,12 @@ class Interceptor:
             self._meet(call, waits=waits)
         arrived = time.monotonic_ns()
         self.board.move(self.rank, AreaState.IN_GLOO)
+        is_later = not is_blocking and not calls_from_autograd
         try:
             out = self._carried(name, call, args) if call.is_announcement else onward()
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
-            if not is_blocking and not calls_from_autograd:
-                self._remember(replace(call, work=work))
+            if is_later:
+                self._remember(replace(call, work=work, storages=_storages(args[0]), row=self._note(name, call, args, started, arrived)))
             elif operation.is_point_to_point:
                 self._local.call = call
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
@@ -288,15 +299,24 @@ class Interceptor:
         finally:
             if not (is_blocking and operation.is_point_to_point):
                 self.board.move(self.rank, AreaState.NOWHERE)
+        if not is_later:
+            self._note(name, call, args, started, arrived)
+        return out
+
+    def _note(self, name: str, call: Call, args: tuple[Any, ...], started: int, arrived: int) -> int:
+        """Put a call in the ledger, or into what is told of the operation of ours that makes it.
+
+        Returns:
+            The row's number, -1 where it has none of its own.
+        """
         where = self.board.cell(self.rank) << 20 | call.line
         row = (call.key, call.sequence, num_bytes(args), started, arrived, time.monotonic_ns(), where)
         if call.called is None:
-            self.board.note(self.rank, (_INDEX[name], *row))
-        else:
-            call.called.add(calling.Row(*row), self._note)
-        return out
+            return self.board.note(self.rank, (_INDEX[name], *row))
+        call.called.add(calling.Row(*row), self._note_ours)
+        return -1
 
-    def _note(self, name: str, row: calling.Row) -> None:
+    def _note_ours(self, name: str, row: calling.Row) -> None:
         """Put one operation of ours in the ledger."""
         self.board.note(self.rank, (LEDGER_NAMES.index(name), *row))
 
@@ -366,7 +386,7 @@ class Interceptor:
         key = key_of(f"{group.key}:{identity}")
         if key not in self._channels:
             self._channels[key] = group.key
-            self._announce(KnownGroup(key=key, name=f"{name} in {group.name}", ranks=ranks, generation=group.generation))
+            self.announce(KnownGroup(key=key, name=f"{name} in {group.name}", ranks=ranks, generation=group.generation))
         return key
 
     def _meet(self, call: Call, *, waits: bool) -> None:
@@ -454,17 +474,37 @@ class Interceptor:
 
         return wrapped
 
-    def _wait(self, call: Call, wait: Callable[[], bool], *, has_limit: bool) -> bool:
+    def _wait_tensor(self, keyset: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """`wait_tensor` of functional collectives: the work is C++'s own, so the call is known by where its tensor lies."""
+
+        def onward() -> torch.Tensor:
+            waited: torch.Tensor = torch.ops._c10d_functional.wait_tensor.default.redispatch(keyset & _BELOW, tensor)
+            return waited
+
+        if not self._in_flight or tensor.device.type != "cpu":
+            return onward()
+        storage = tensor.untyped_storage().data_ptr()
+        call = next((call for call in reversed(self._in_flight.values()) if storage in call.storages), None)
+        if call is None:
+            return onward()
+        self._in_flight.pop(id(call.work), None)
+        with self._busy():
+            return self._wait(call, onward, has_limit=False)
+
+    def _wait(self, call: Call, wait: Callable[[], T], *, has_limit: bool) -> T:
         """Wait for an asynchronous call, on the board as long as peers are missing; one with a time limit of its own waits in gloo."""
         is_on_board = self.is_checked and bool(call.peers or call.sources) and not has_limit
-        state = AreaState.ON_BOARD if is_on_board else AreaState.IN_GLOO
+        state = AreaState.ON_BOARD if is_on_board else AreaState.LIMITED if has_limit else AreaState.IN_GLOO
         self.board.show(self.rank, call.key, call.sequence, state, call.place, call.line)
+        began = arrived = time.monotonic_ns()
         try:
             if is_on_board:
                 self._wait_on_board(call)
+                arrived = time.monotonic_ns()
                 self._compare(call)
                 self.board.move(self.rank, AreaState.IN_GLOO)
             result = wait()
+            self.board.amend(self.rank, call.row, waited_ns=arrived - began, end_ns=time.monotonic_ns())
             if call.sources:
                 self._take(call, call.group.ranks[call.work._source_rank()])
             return result

@@ -146,11 +146,16 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupFormed:
-    """A group whose collectives will show on the board under `key`."""
+    """A group whose collectives will show on the board under `key`.
+
+    Attributes:
+        outlives_generations: it does not belong to the world's process group: a place of a stateless group.
+    """
 
     key: int
     name: str
     ranks: tuple[int, ...]
+    outlives_generations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ _GIB = 2**30
 _MUCH_SWAPPED_BYTES = 2**26  # less is the ordinary tidying of an idle system
 _MOST_FRAMES = 16
 _PY_SPY_LIMIT_S = 10.0
+_HERE = str(Path(__file__).parent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,5 +103,7 @@ class NativeLook:
             threads: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
         except (OSError, subprocess.TimeoutExpired, ValueError):
             return
-        frames = next((thread["frames"] for thread in threads if thread.get("thread_name") == "MainThread"), [])
+        frames: list[dict[str, Any]] = next((thread["frames"] for thread in threads if thread.get("thread_name") == "MainThread"), [])
+        ours = next((place for place, frame in enumerate(frames) if frame["filename"].startswith(_HERE)), 0)
+        frames = frames[: ours or len(frames)]  # what called the cell is of no interest
         self.text = "\n".join(f"{f['name']} ({f.get('short_filename') or f['filename']}:{f['line']})" for f in frames[:_MOST_FRAMES])

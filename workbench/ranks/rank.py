@@ -119,7 +119,8 @@ class Rank:
         self.module.__dict__.update(names | {"torch": torch, "dist": dist, "wb": workbench})
 
     def _announce(self, group: KnownGroup) -> None:
-        self.writer.send(GroupFormed(key=group.key, name=group.name, ranks=group.ranks))
+        formed = GroupFormed(key=group.key, name=group.name, ranks=group.ranks, outlives_generations=group.outlives_generations)
+        self.writer.send(formed)
 
     def mark(self, label: str) -> None:
         self.writer.send(Mark(label=label, at_s=time.monotonic()))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from workbench.errors import GroupError
 from workbench.ranks import arguments
+from workbench.ranks.store_waits import StoreWait, announce_place
 from workbench.ranks.wire import seal, unseal
 
 __all__ = ["StatelessGroup", "free_port", "serve_or_join"]
@@ -89,7 +90,9 @@ class StatelessGroup:
         store = serve_or_join(host, port, rank, timeout_s=store_timeout_s, listen_socket=listen_socket)
         if rank == 0:
             cls._serving.append(store)
-        return cls(store, rank=rank, world_size=world_size, data_expiration_s=data_expiration_s, store_timeout_s=store_timeout_s)
+        made = cls(store, rank=rank, world_size=world_size, data_expiration_s=data_expiration_s, store_timeout_s=store_timeout_s)
+        announce_place(made.port, rank, f"stateless group on port {made.port}")
+        return made
 
     def send_obj(self, obj: Any, dst: int) -> None:
         """Leave an object for rank `dst`; does not wait for it."""
@@ -157,7 +160,7 @@ class StatelessGroup:
         number = self._counts["barrier"]
         store = self._live()
         _set(store, f"barrier/{number}/{self.rank}", b"1")
-        missing = self._wait_for([f"barrier/{number}/{rank}" for rank in range(self.world_size)], timeout_s)
+        missing = self._wait_for([f"barrier/{number}/{rank}" for rank in range(self.world_size)], timeout_s, self._shown("barrier", number))
         if missing:
             raise GroupError(
                 f"barrier #{number + 1} on rank {self.rank} of {self.world_size} timed out after {timeout_s:g} s\n"
@@ -182,7 +185,7 @@ class StatelessGroup:
             return
         _set(self._store, f"left/{self.rank}", b"1")
         if self.rank == 0:
-            missing = self._wait_for([f"left/{rank}" for rank in range(self.world_size)], timeout_s)
+            missing = self._wait_for([f"left/{rank}" for rank in range(self.world_size)], timeout_s, self._shown("destroy", 0))
             if missing:
                 raise GroupError(
                     f"destroy on rank 0 waited {timeout_s:g} s for ranks {missing} to leave the group\n"
@@ -205,7 +208,8 @@ class StatelessGroup:
         """The next object of a channel that another rank, or this one, writes; own broadcasts are counted apart from own reads."""
         reads = f"read {channel}"
         key = f"{channel}/{self._counts[reads]}"
-        if self._wait_for([key], self.store_timeout_s):
+        op = "recv_obj" if channel.startswith("send/") else "broadcast_obj"
+        if self._wait_for([key], self.store_timeout_s, self._shown(op, self._counts[reads]), src):
             raise GroupError(
                 f"nothing came from rank {src} to rank {self.rank} of {self.world_size} within {self.store_timeout_s:g} s\n"
                 "it has not sent, or sent to another rank\n"
@@ -220,17 +224,27 @@ class StatelessGroup:
             )
         return unseal(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
-    def _wait_for(self, keys: list[str], timeout_s: float) -> list[int]:
-        """Which of the keys are not there after timeout_s; asks again and again, as the store's own wait lets no interrupt through."""
+    def _shown(self, op: str, number: int) -> StoreWait:
+        return StoreWait(op, self.port, number + 1)
+
+    def _wait_for(self, keys: list[str], timeout_s: float, wait: StoreWait, src: int | None = None) -> list[int]:
+        """Which of the keys are not there after timeout_s; asks again and again, as the store's own wait lets no interrupt through.
+
+        Args:
+            keys: of all ranks, or the one that `src` writes.
+        """
         deadline, nap_s = time.monotonic() + timeout_s, _SHORTEST_NAP_S
         store = self._live()
         try:
-            while not store.check(keys):
-                left_s = deadline - time.monotonic()
-                if left_s <= 0:
-                    return [place for place, key in enumerate(keys) if not store.check([key])]
-                time.sleep(min(nap_s, left_s))
-                nap_s = min(2 * nap_s, _LONGEST_NAP_S)
+            with wait:
+                while not store.check(keys):
+                    left_s = deadline - time.monotonic()
+                    if left_s <= 0:
+                        return [place for place, key in enumerate(keys) if not store.check([key])]
+                    time.sleep(min(nap_s, left_s))
+                    nap_s = min(2 * nap_s, _LONGEST_NAP_S)
+                    if nap_s == _LONGEST_NAP_S:
+                        wait.tell(next((place for place, key in enumerate(keys) if not store.check([key])), 0) if src is None else src)
         except dist.DistNetworkError as error:
             raise GroupError(
                 f"rank {self.rank} of {self.world_size} lost the store at {self.host}:{self.port}\n"
