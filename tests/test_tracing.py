@@ -81,7 +81,7 @@ def test_real_ranks_end_with_torchs_result(cluster, op):
 
 def test_every_message_carries_what_its_sender_held_and_comes_after_it_was_sent(cluster):
     trace = cluster.trace_collective("all_reduce")
-    assert len(trace.steps) == 7 and len(trace.transfers) == 24
+    assert len(trace.steps) == 8 and len(trace.transfers) == 24
     for before, step in zip(trace.steps[:-1], trace.steps[1:], strict=True):
         for t in step.transfers:
             assert t.carried == before.held[t.source][t.part] and t.num_bytes == 8 and 0 <= t.start_s < t.end_s
@@ -111,7 +111,7 @@ def test_the_messages_stand_in_the_ledger(cluster):
 
 
 def test_a_corrupted_message_shows_as_a_difference(cluster):
-    with cluster.inject(wb.Fault(rank=2, op="send", at=1, action="corrupt")):
+    with cluster.inject(wb.Fault(rank=2, op="recv", at=1, action="corrupt")):
         trace = cluster.trace_collective("all_gather", [[1], [2], [3], [4]])
     assert trace.max_difference and trace.max_difference > 0
 

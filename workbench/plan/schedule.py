@@ -83,14 +83,14 @@ def _all_reduce(size: int, root: int) -> Schedule:
 
 def _reduce_scatter(size: int, _root: int) -> Schedule:
     """Part p sets out from place p + 1 and arrives, after n - 1 sums, at place p."""
-    title = "reduce-scatter {} of {}: each combines what comes from the one before with its own"
+    title = "reduce-scatter {} of {}: each combines what comes with its own"
     steps = tuple(_ring(title.format(k + 1, size - 1), size, lag=k + 1, is_reduced=True) for k in range(size - 1))
     return Schedule(op="reduce_scatter", num_parts=size, before=_all(size), after=_own(size), steps=steps)
 
 
 def _all_gather(size: int, _root: int) -> Schedule:
     """Part p sets out from place p."""
-    title = "all-gather {} of {}: each keeps what comes from the one before"
+    title = "all-gather {} of {}: each keeps what comes"
     steps = tuple(_ring(title.format(k + 1, size - 1), size, lag=k, is_reduced=False) for k in range(size - 1))
     return Schedule(op="all_gather", num_parts=size, before=_own(size), after=_all(size), steps=steps)
 

@@ -285,15 +285,15 @@ def _joined(order: TraceOrder, noted: Sequence[_Noted]) -> CollectiveTrace:
     """The members' notes, in group order, as one record."""
     schedule = schedule_of(order.op, len(noted), order.root)
     first_s = min((at_s for one in noted for at_s in one.sent_s.values()), default=0.0)
-    titles = ["before: what each rank gives", *(step.title for step in schedule.steps)]
-    transfers = [(), *(_transfers(number, step.moves, noted, first_s) for number, step in enumerate(schedule.steps))]
+    titles = ["before: what each rank gives", *(step.title for step in schedule.steps), "after: what each rank has"]
+    transfers = [(), *(_transfers(number, step.moves, noted, first_s) for number, step in enumerate(schedule.steps)), ()]
+    held = [*zip(*(one.held for one in noted), strict=True), tuple(one.held[-1] for one in noted)]
     return CollectiveTrace(
         op=f"{order.op} ({order.reduce_op})" if order.op in ("all_reduce", "reduce_scatter") else order.op,
         members=tuple(f"rank {rank}" for rank in noted[0].ranks),
         parts=tuple(f"part {part}" for part in range(schedule.num_parts)),
         steps=tuple(
-            CollectiveStep(title=title, transfers=tuple(moved), held=tuple(one.held[number] for one in noted))
-            for number, (title, moved) in enumerate(zip(titles, transfers, strict=True))
+            CollectiveStep(title=title, transfers=moved, held=now) for title, moved, now in zip(titles, transfers, held, strict=True)
         ),
         results=schedule.after,
         dtype=noted[0].dtype,

@@ -5,26 +5,41 @@ Names are looked up when first used: importing this loads neither matplotlib nor
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from workbench.view.collective import plot_collective
     from workbench.view.layout import plot_layout
     from workbench.view.layout_explorer import layout_explorer
     from workbench.view.length_explorer import length_explorer
     from workbench.view.lengths import plot_lengths
     from workbench.view.memory import plot_memory
     from workbench.view.timeline import plot_timeline
+    from workbench.view.trace_collective import trace_collective
 
-__all__ = ["layout_explorer", "length_explorer", "plot_layout", "plot_lengths", "plot_memory", "plot_timeline"]
+__all__ = [
+    "layout_explorer",
+    "length_explorer",
+    "plot_collective",
+    "plot_layout",
+    "plot_lengths",
+    "plot_memory",
+    "plot_timeline",
+    "trace_collective",
+]
 
 _HOME_OF = {
-    "length_explorer": "workbench.view.length_explorer",
     "layout_explorer": "workbench.view.layout_explorer",
+    "length_explorer": "workbench.view.length_explorer",
+    "plot_collective": "workbench.view.collective",
     "plot_layout": "workbench.view.layout",
     "plot_lengths": "workbench.view.lengths",
     "plot_memory": "workbench.view.memory",
     "plot_timeline": "workbench.view.timeline",
+    "trace_collective": "workbench.view.trace_collective",
 }
 
 
@@ -38,3 +53,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Importing the file `workbench.view.memory_explorer` binds it here; it must not hide the function of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
