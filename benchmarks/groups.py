@@ -1,6 +1,8 @@
 """Objects, tensor dicts and ragged token data through our groups, torch's own object collectives and vLLM's GroupCoordinator.
 
-All three in the same shape of world; ours and torch's in turns in the same ranks, with the check on; vLLM's under torchrun.
+All three in the same shape of world; ours and torch's in the same ranks, with the check of collectives on; vLLM's under torchrun. "Packed
+token data" are completions as the pipeline keeps them, token ids and lengths in one int32 tensor, against what people send today: the same
+completions as lists of Python ints through `all_gather_object`. Beside it the same tensor through `all_gather_object`, pickled as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from benchmarks.peers import run_peer, torchrun
 __all__ = ["GroupsResult", "Timing", "calls_of_torch", "make_inputs", "measure", "seconds_of"]
 
 SIZES = (1 << 10, 1 << 20, 1 << 26)
-Pair = tuple[tuple[float, ...], tuple[float, ...]]  # seconds of ours and of torch, a number a call
+PACKED, PICKLED = "all_gatherv of packed tokens", "all_gather_object of the tensor"
+Calls = dict[str, tuple[float, ...]]  # operation -> seconds, a number a call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,8 +28,10 @@ class Timing:
     """Seconds of one call on the slowest rank, a number a call.
 
     Attributes:
-        operation: "broadcast_object", "all_gather_object", "send_object", "broadcast_tensor_dict" or "all_gatherv".
-        num_bytes: payload of all ranks together.
+        operation: "broadcast_object", "all_gather_object", "send_object", "broadcast_tensor_dict" or `PACKED`.
+        num_bytes: payload of all ranks together; of tokens, 4 bytes each.
+        torch_s: torch's object collectives; for tokens, of lists of ints.
+        pickled_s: for tokens, torch's of the packed tensor; else empty.
         vllm_s: empty where vLLM has no such operation on a CPU, or was not asked.
     """
 
@@ -35,16 +40,19 @@ class Timing:
     num_bytes: int
     ours_s: tuple[float, ...]
     torch_s: tuple[float, ...]
+    pickled_s: tuple[float, ...] = ()
     vllm_s: tuple[float, ...] = ()
 
     def lines(self) -> list[Line]:
-        what = f"{self.operation} of {self.num_bytes:,} bytes, {self.num_ranks} ranks"
-        ours, theirs = 1e3 * median(self.ours_s), 1e3 * median(self.torch_s)
-        reach = Reach(limit=1 / 3 if self.operation == "all_gatherv" and self.num_bytes >= 1 << 20 else 1.0)
-        lines = [Line(what=what, unit="ms", ours=ours, theirs=theirs, peer="torch object collective", reach=reach)]
-        if self.vllm_s:
-            lines.append(Line(what=what, unit="ms", ours=ours, theirs=1e3 * median(self.vllm_s), peer="vLLM GroupCoordinator"))
-        return lines
+        what = f"{self.operation}, {self.num_bytes:,} bytes, {self.num_ranks} ranks"
+        is_packed = self.operation == PACKED
+        others = (
+            (self.torch_s, "torch, lists of ints" if is_packed else "torch object collective", Reach(limit=1 / 3 if is_packed else 1.0)),
+            (self.pickled_s, "torch, the tensor pickled", Reach(limit=1.0)),
+            (self.vllm_s, "vLLM GroupCoordinator", None),
+        )
+        ours = 1e3 * median(self.ours_s)
+        return [Line(what=what, unit="ms", ours=ours, theirs=1e3 * median(s), peer=peer, reach=reach) for s, peer, reach in others if s]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,17 +64,26 @@ class GroupsResult:
 
 
 def make_inputs(rank: int, num_ranks: int, num_bytes: int) -> dict[str, Any]:
-    """What a rank passes: an object, a dict of four tensors, and its ragged share of int32 tokens."""
+    """What a rank passes: objects, a dict of four tensors, and its ragged share of completions, as lists and packed."""
     import torch
 
     share = num_bytes // num_ranks
-    mine = max(1, int(share * (0.6 + 0.8 * rank / max(1, num_ranks - 1))) // 4)
+    tokens, lengths = _tokens(rank, int(share * (0.6 + 0.8 * rank / max(1, num_ranks - 1))) // 4)
     return {
         "object": {"texts": "x" * num_bytes, "rank": rank},
         "share": {"texts": "x" * share, "rank": rank},
         "tensors": {f"t{n}": torch.ones(num_bytes // 16, dtype=torch.float32) for n in range(4)},
-        "tokens": torch.ones(mine, dtype=torch.int32),
+        "completions": [ids.tolist() for ids in tokens.split(lengths)],
+        "packed": torch.cat([torch.tensor([len(lengths), *lengths], dtype=torch.int32), tokens]),
     }
+
+
+def _tokens(rank: int, num_tokens: int) -> tuple[Any, list[int]]:
+    """Token ids of a vocabulary of 32,000, and the lengths of the completions that they make: 512, the last one shorter."""
+    import torch
+
+    tokens = torch.randint(0, 32_000, (num_tokens,), generator=torch.Generator().manual_seed(rank), dtype=torch.int32)
+    return tokens, [512] * (num_tokens // 512) + ([num_tokens % 512] if num_tokens % 512 else [])
 
 
 def calls_of_torch(rank: int, num_ranks: int, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
@@ -96,7 +113,8 @@ def calls_of_torch(rank: int, num_ranks: int, inputs: dict[str, Any]) -> dict[st
         "all_gather_object": lambda: gather("share"),
         "send_object": send,
         "broadcast_tensor_dict": lambda: broadcast("tensors"),
-        "all_gatherv": lambda: gather("tokens"),
+        PACKED: lambda: gather("completions"),
+        PICKLED: lambda: gather("packed"),
     }
 
 
@@ -120,36 +138,40 @@ def measure(
     timings = []
     for num_ranks in world_sizes:
         theirs = _vllm(num_ranks, sizes, num_calls) if with_vllm else {}
-        for size, found in _ours_and_torch(num_ranks, sizes, num_calls).items():
-            for operation, (ours, plain) in found.items():
-                vllm = tuple(theirs.get(f"{size} {operation}", ()))
-                timings.append(
-                    Timing(operation=operation, num_ranks=num_ranks, num_bytes=size, ours_s=ours, torch_s=plain, vllm_s=vllm)
+        for size, (ours, plain) in _ours_and_torch(num_ranks, sizes, num_calls).items():
+            timings += [
+                Timing(
+                    operation=operation,
+                    num_ranks=num_ranks,
+                    num_bytes=size,
+                    ours_s=seconds,
+                    torch_s=plain[operation],
+                    pickled_s=plain[PICKLED] if operation == PACKED else (),
+                    vllm_s=tuple(theirs.get(f"{size} {operation}", ())),
                 )
+                for operation, seconds in ours.items()
+            ]
     return GroupsResult(timings=tuple(timings))
 
 
-def _ours_and_torch(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[int, dict[str, Pair]]:
+def _ours_and_torch(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[int, tuple[Calls, Calls]]:
     import workbench as wb
 
     with wb.launch(num_ranks) as cluster:
-        return {size: _slowest(cluster.run(_in_rank, size, _fewer(size, num_calls))) for size in sizes}
+        told = {size: cluster.run(_in_rank, size, _fewer(size, num_calls)) for size in sizes}
+    return {size: (_slowest([ours for ours, _ in ranks]), _slowest([plain for _, plain in ranks])) for size, ranks in told.items()}
 
 
-def _slowest(ranks: list[dict[str, Pair]]) -> dict[str, Pair]:
+def _slowest(ranks: list[Calls]) -> Calls:
     """Each call's time on the rank where it took longest."""
-    return {name: (_longest([told[name][0] for told in ranks]), _longest([told[name][1] for told in ranks])) for name in ranks[0]}
-
-
-def _longest(seconds: list[tuple[float, ...]]) -> tuple[float, ...]:
-    return tuple(map(max, zip(*seconds, strict=True)))
+    return {name: tuple(map(max, zip(*(told[name] for told in ranks), strict=True))) for name in ranks[0]}
 
 
 def _fewer(size: int, num_calls: int) -> int:
     return num_calls if size < 1 << 24 else max(2, num_calls // 4)
 
 
-def _in_rank(size: int, num_calls: int) -> dict[str, Pair]:
+def _in_rank(size: int, num_calls: int) -> tuple[Calls, Calls]:
     import workbench as wb
 
     here = wb.current()
@@ -163,10 +185,11 @@ def _in_rank(size: int, num_calls: int) -> dict[str, Pair]:
         "all_gather_object": lambda: group.all_gather_object(inputs["share"]),
         "send_object": send,
         "broadcast_tensor_dict": lambda: group.broadcast_tensor_dict(inputs["tensors"] if here.rank == 0 else None),
-        "all_gatherv": lambda: group.all_gatherv(inputs["tokens"]),
+        PACKED: lambda: group.all_gatherv(inputs["packed"]),
     }
     theirs = calls_of_torch(here.rank, here.world_size, inputs)
-    return {name: (tuple(seconds_of(ours[name], num_calls)), tuple(seconds_of(theirs[name], num_calls))) for name in ours}
+    seconds = {name: tuple(seconds_of(call, num_calls)) for name, call in ours.items()}
+    return seconds, {name: tuple(seconds_of(call, num_calls)) for name, call in theirs.items()}
 
 
 def _vllm(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cells, collectives, launch, peers, run, scatter, sleep, tokens
+from benchmarks import cells, collectives, groups, launch, peers, run, scatter, sleep, tokens
 from benchmarks.line import Line, Reach, Verdict
 
 pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -71,6 +71,24 @@ def test_collectives():
     result = collectives.measure(world_sizes=(2,), sizes=(64, 4096), num_calls=5, repeats=1)
     assert [(timing.num_ranks, timing.num_bytes) for timing in result.timings] == [(2, 64), (2, 4096)]
     assert all(0 < s < 1 for t in result.timings for way in (t.with_check_s, t.without_check_s, t.plain_s) for s in way)
+
+
+def test_groups():
+    result = groups.measure(world_sizes=(2,), sizes=(1 << 10,), num_calls=2, with_vllm=False)
+    assert [timing.operation for timing in result.timings] == [
+        "broadcast_object", "all_gather_object", "send_object", "broadcast_tensor_dict", groups.PACKED,
+    ]  # fmt: skip
+    assert all(len(way) == 2 and min(way) > 0 for timing in result.timings for way in (timing.ours_s, timing.torch_s))
+    *objects, packed, pickled = result.lines()
+    assert [line.reach for line in objects] == [Reach(limit=1.0)] * 4
+    assert (packed.peer, packed.reach) == ("torch, lists of ints", Reach(limit=1 / 3)) and pickled.reach == Reach(limit=1.0)
+
+
+def test_the_tokens_that_are_compared_are_the_same():
+    inputs = groups.make_inputs(1, 2, 8192)
+    number, *rest = inputs["packed"].tolist()
+    lengths, tokens = rest[:number], rest[number:]
+    assert lengths == [len(ids) for ids in inputs["completions"]] and tokens == sum(inputs["completions"], [])
 
 
 def test_sleep():
