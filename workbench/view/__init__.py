@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from workbench.view.layout_explorer import layout_explorer
     from workbench.view.length_explorer import length_explorer
     from workbench.view.lengths import plot_lengths
+    from workbench.view.live_panel import live
+    from workbench.view.live_rollout import live_rollout
     from workbench.view.memory import plot_memory
+    from workbench.view.memory_explorer import memory_explorer
     from workbench.view.timeline import plot_timeline
     from workbench.view.trace_collective import trace_collective
 
 __all__ = [
     "layout_explorer",
     "length_explorer",
+    "live",
+    "live_rollout",
+    "memory_explorer",
     "plot_collective",
     "plot_layout",
     "plot_lengths",
@@ -34,6 +40,9 @@ __all__ = [
 _HOME_OF = {
     "layout_explorer": "workbench.view.layout_explorer",
     "length_explorer": "workbench.view.length_explorer",
+    "live": "workbench.view.live_panel",
+    "live_rollout": "workbench.view.live_rollout",
+    "memory_explorer": "workbench.view.memory_explorer",
     "plot_collective": "workbench.view.collective",
     "plot_layout": "workbench.view.layout",
     "plot_lengths": "workbench.view.lengths",

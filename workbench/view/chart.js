@@ -16,6 +16,7 @@ function node(tag, attributes, ...children) {
 }
 
 function inMemory(mib) {
+  if (!mib) return "0 MiB";
   return mib >= 1024 ? `${(mib / 1024).toFixed(2)} GiB` : `${mib.toFixed(mib < 10 ? 1 : 0)} MiB`;
 }
 
@@ -51,8 +52,11 @@ function timeChart({ layers, looks, rows = [], label, height = 190, onCursor = (
   const svg = svgNode("svg", {
     viewBox: `0 0 ${W} ${H}`, width: W, role: "slider", tabindex: 0, "aria-label": label, "aria-valuemin": 0, "data-chart": "time" });
   const fills = hatches(svg, { ...looks, asleep: ["", "/"] });
+  const clip = `wb-clip-${numCharts}`;  // of the window on the time axis
+  svg.append(svgNode("clipPath", { id: clip }));
+  svg.lastChild.append(svgNode("rect", { x: LEFT, y: 0, width: W - LEFT - RIGHT, height: H }));
   const back = svgNode("g", {}), areas = layers.map((layer) => svgNode("path", {
-    fill: layer.color, stroke: "var(--jp-layout-color1, #FFFFFF)", "stroke-width": 0.5, "data-layer": layer.name })), front = svgNode("g", {}), spansLayer = svgNode("g", {});
+    fill: layer.color, stroke: "var(--jp-layout-color1, #FFFFFF)", "stroke-width": 0.5, "clip-path": `url(#${clip})`, "data-layer": layer.name })), front = svgNode("g", {}), spansLayer = svgNode("g", {});
   const cursor = svgNode("line", { y1: TOP, y2: bottom, stroke: "currentColor", "stroke-width": 1, visibility: "hidden", "data-cursor": "" });
   svg.append(back, ...areas, spansLayer, front, cursor);
   let data = { times: [], values: [], events: [], asleep: [], spans: [] }, low = 0, high = 1, at = -1, isFollowing = true;

@@ -32,7 +32,7 @@ from workbench.view.style import (
 if TYPE_CHECKING:
     from workbench.run import Run
 
-__all__ = ["plot_memory"]
+__all__ = ["asleep_stretches", "memory_layers", "plot_memory"]
 
 GIB, MIB = 2**30, 2**20
 MAX_NAMED_STEPS = 4  # of more, sleeps are shaded only
@@ -57,11 +57,11 @@ def plot_memory(
         if readable.empty:
             return show_empty(ax, "no memory samples to show" if frame.empty else "the processes' memory (PSS) could not be read")
         blocks = rank_blocks(sorted(readable.loc[readable["process"] == "rank", "rank"].unique().tolist()), max_blocks=4 if small else 8)
-        layers = _layers(readable, blocks)
+        layers = memory_layers(readable, blocks)
         peak = float(max(layers.sum(axis=1).max(), _device_total(frame).max()))
         unit, unit_name = (GIB, "GiB") if peak >= GIB else (MIB, "MiB")
         handles = _draw_layers(ax, layers / unit, blocks) + _draw_device(ax, _device_total(frame) / unit)
-        handles += _shade_sleep(ax, _asleep(spans, until_s=float(layers.index[-1])))
+        handles += _shade_sleep(ax, asleep_stretches(spans, since_s=float(layers.index[0]), until_s=float(layers.index[-1])))
         ax.set_xlim(layers.index[0], layers.index[-1])
         ax.set_ylim(0, peak / unit * 1.08)
         ax.set_ylabel(f"memory (PSS), {unit_name}")
@@ -72,7 +72,7 @@ def plot_memory(
     return ax
 
 
-def _layers(frame: pd.DataFrame, blocks: Sequence[RankBlock]) -> pd.DataFrame:
+def memory_layers(frame: pd.DataFrame, blocks: Sequence[RankBlock]) -> pd.DataFrame:
     """PSS bytes over time, [num_times, num_layers]: engines first, then ranks or blocks of ranks, then the rest.
 
     A process not read at some time between two readings keeps the line between them; before its first and after its last it counts 0.
@@ -108,13 +108,18 @@ def _draw_device(ax: Axes, total: pd.Series[float]) -> list[Any]:
     return [Line2D([], [], **look)]  # type: ignore[arg-type]
 
 
-def _asleep(spans: pd.DataFrame | None, *, until_s: float) -> list[tuple[float, float]]:
-    """Stretches in which every engine process sleeps: from the end of a step's sleeps to the next wake, or to the end."""
+def asleep_stretches(spans: pd.DataFrame | None, *, since_s: float, until_s: float) -> list[tuple[float, float]]:
+    """Stretches in which every engine process sleeps: from the end of a step's sleeps to the next wake, or to the end.
+
+    An engine kept from an earlier run sleeps from the beginning: its first wake has no sleep before it.
+    """
     if spans is None:
         return []
     wakes = sorted(spans.loc[spans["span"] == "wake_up", "start_s"].tolist())
     sleeps = spans[spans["span"] == "sleep"]
     ends = sorted(float(sleeps.loc[sleeps["step"] == step, "end_s"].max()) for step in set(sleeps["step"]))
+    if wakes and since_s < wakes[0] and (not ends or wakes[0] < ends[0]):
+        ends.insert(0, since_s)
     return [(end_s, next((wake_s for wake_s in wakes if wake_s >= end_s), max(end_s, until_s))) for end_s in ends]
 
 
@@ -151,6 +156,9 @@ def _finding(layers: pd.DataFrame, spans: pd.DataFrame | None, unit: int, unit_n
 def _asleep_low(total: pd.Series[float], spans: pd.DataFrame) -> float | None:
     """The least memory seen while the engines sleep; None when no sample lies there."""
     times = total.index.to_numpy(dtype=float)
-    during = [total[(times >= begin_s) & (times <= end_s)] for begin_s, end_s in _asleep(spans, until_s=float("inf"))]
+    during = [
+        total[(times >= begin_s) & (times <= end_s)]
+        for begin_s, end_s in asleep_stretches(spans, since_s=float(times[0]), until_s=float("inf"))
+    ]
     lows = [float(part.min()) for part in during if len(part)]
     return min(lows) if lows else None

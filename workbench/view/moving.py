@@ -49,6 +49,7 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._display_id = ""
+        self._is_ending = False  # what is sent now is the last
         self._is_over = False
         self._main = _Pulse()
         super().__init__(**traits)
@@ -85,6 +86,8 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
         while not self._stopping.wait(_REST_S if self.num_seen == 0 else INTERVAL_S):
             if not self.step():
                 return
+            if self._is_ending:
+                return self.close()
 
     def step(self) -> bool:
         """Send what is new now; whether there may be more."""
@@ -115,12 +118,16 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
         with self._lock:
             if self._is_over:
                 return
+            self._is_ending = True
             self.step()
             self._is_over = True
         self._stopping.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(5.0)
         self._leave_picture()
+
+    def __del__(self) -> None:
+        """At the interpreter's end there is no picture to leave."""
 
     # -- showing ------------------------------------------------------------------------------------------------------------------------
 

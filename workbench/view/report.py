@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from workbench.run import Run
 
-__all__ = ["Section", "run_html", "write_report"]
+__all__ = ["Section", "run_html", "sleep_words", "write_report"]
 
 MIB = 2**20
 
@@ -80,7 +80,7 @@ def run_html(run: Run) -> str:
     """A run as a notebook shows it: counts, the sleeps, three small figures."""
     figures = [plot(run, size=SMALL_SIZE) for plot in (plot_lengths, plot_timeline, plot_memory)]
     sleeps = run.sleep_report
-    slept = _table_html(_sleep_words(sleeps)) if len(sleeps) else "<p>The engine did not sleep.</p>"
+    slept = _table_html(sleep_words(sleeps.tail(5))) if len(sleeps) else "<p>The engine did not sleep.</p>"
     pictures = "".join(img_tag(ax) for ax in figures)
     return f'<div>{_facts_html(run)}{slept}<div style="display:flex;flex-wrap:wrap;gap:8px">{pictures}</div></div>'
 
@@ -102,9 +102,8 @@ def _facts_html(run: Run) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody><tr>{row}</tr></tbody></table>"
 
 
-def _sleep_words(sleeps: pd.DataFrame) -> pd.DataFrame:
-    """The sleep report in MiB and with the share that was given back, the last 5 sleeps."""
-    shown = sleeps.tail(5)
+def sleep_words(shown: pd.DataFrame) -> pd.DataFrame:
+    """A sleep report in MiB and with the share that was given back."""
     held = shown["weights_bytes"] + shown["kv_cache_bytes"]
     columns: dict[str, Any] = {
         "step": shown["step"],
@@ -117,7 +116,7 @@ def _sleep_words(sleeps: pd.DataFrame) -> pd.DataFrame:
         "sleep, s": [f"{seconds:.3f}" for seconds in shown["sleep_s"]],
         "wake, s": ["asleep" if math.isnan(seconds) else f"{seconds:.3f}" for seconds in shown["wake_s"]],
     }
-    return type(sleeps)(columns)
+    return type(shown)(columns)
 
 
 def _mib(values: pd.Series[int]) -> list[str]:
