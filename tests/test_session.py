@@ -15,6 +15,7 @@ import workbench as wb
 from workbench.cli import main
 from workbench.ranks import session as sessions
 from workbench.ranks.cluster import Cluster
+from workbench.ranks.digest import digest_of
 from workbench.ranks.reproduce import compare
 from workbench.ranks.session import Entry, Output
 
@@ -220,3 +221,18 @@ def test_the_key_is_of_this_user_only(saved):
             wb.reproduce(saved)
     finally:
         path.chmod(0o600)
+
+
+def test_rollouts_and_engines_are_run_again(tmp_path):
+    sampling = wb.Sampling(max_tokens=6, temperature=1.0, seed=5)
+    with wb.launch(2) as cluster:
+        engine = wb.start_engine(cluster, backend="hf")
+        run = wb.rollout(cluster, [["1+1="], ["2+3=", "4+4="]], engine=engine, sampling=sampling, keep=False)
+        cluster.execute("texts = batch.texts; texts")
+        path = cluster.save_session(tmp_path / "session.json")
+    with wb.reproduce(path) as cluster:
+        assert cluster.report is not None and cluster.report.is_equal and cluster.report.num_cells == 3, str(cluster.report)
+        assert cluster.pull("texts") == [run.batch(0).texts, run.batch(1).texts]
+    _, rolled, _ = sessions.read_session(path).entries
+    assert rolled.outputs[0].digest == digest_of(run).value != digest_of(wb.Run(batches={0: {0: run.batch(0)}})).value
+    assert rolled.outputs[0].text == repr(run)

@@ -79,6 +79,10 @@ class Run:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self.manifest: dict[str, Any] = {"started_at": now, **plain(manifest or {})}
 
+    def __digest__(self) -> Any:
+        """What of it must be equal when it is reproduced: completions, not times."""
+        return self.batches
+
     @cached_property
     def completions(self) -> pd.DataFrame:
         """A row a completion, failed ones included (finish_reason "error"), ordered by step, origin_rank, prompt_index, sample_index."""

@@ -9,13 +9,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-import reprlib
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from workbench.ranks.channel import Packed, pack, unpack
 from workbench.ranks.digest import digest_of
@@ -35,8 +34,7 @@ _LARGEST_SHOWN = 1 << 12  # a result of at most so many bytes is kept as text, t
 _LONGEST_TEXT = 400
 _ADDRESS = re.compile(r"0x[0-9a-f]{6,}")
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +112,7 @@ class History:
             if not self._depth and place < len(self.entries):
                 if given:
                     found = digest_of(given[0])
-                    output = Output(rank=-1, outcome="ok", text=_cut(reprlib.repr(given[0])), digest=found.value, reason=found.reason)
+                    output = Output(rank=-1, outcome="ok", text=_cut(repr(given[0])), digest=found.value, reason=found.reason)
                     self._remember(given[0], place)
                 self.entries[place] = replace(self.entries[place], seconds=round(time.monotonic() - started, 3), outputs=(output,))
 
@@ -178,17 +176,16 @@ class History:
         return replace(entry, outputs=tuple(outputs))
 
 
-def as_one_call(function: Callable[Concatenate[Cluster, P], R]) -> Callable[Concatenate[Cluster, P], R]:
+def as_one_call(function: F) -> F:
     """Have a session hold a call of this function as one entry: it is reproduced by calling it again, not by its cells."""
 
     @functools.wraps(function)
-    def recorded(cluster: Cluster, *args: P.args, **kwargs: P.kwargs) -> R:
+    def recorded(cluster: Cluster, *args: Any, **kwargs: Any) -> Any:
         with cluster.history.call(recorded, args, kwargs) as given:
             given.append(function(cluster, *args, **kwargs))
-        result: R = given[0]
-        return result
+        return given[0]
 
-    return recorded  # type: ignore[return-value]  # `cluster` may be given by name
+    return cast(F, recorded)
 
 
 def plain(text: str) -> str:

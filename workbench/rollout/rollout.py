@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from workbench import models
 from workbench.environment import describe_environment, fingerprint_model
 from workbench.errors import EngineError
+from workbench.ranks.history import as_one_call
 from workbench.ranks.memory import MemorySampler
 from workbench.records import RolloutBatch, Sampling, Span
 from workbench.rollout.client import Address, EngineClient
@@ -52,6 +53,7 @@ class StepOrder:
     addresses: Mapping[int, Address]
 
 
+@as_one_call
 def rollout(
     cluster: Cluster,
     prompts: Any,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench import models
 from workbench.errors import ClusterClosed, EngineError
+from workbench.ranks.history import as_one_call
 from workbench.ranks.progress import Progress
 from workbench.ranks.servers import describe_exit, fork_server
 from workbench.rollout.client import Address, EngineClient
@@ -41,6 +42,7 @@ _START_LIMIT_S = 300.0
 _NOT_FOR_ENGINES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+@as_one_call
 def start_engine(
     cluster: Cluster,
     model: str | os.PathLike[str] = "tiny",
