@@ -107,5 +107,6 @@ def test_launching_again_replaces_the_cluster_and_restart_keeps_its_layout(shell
     ranks(shell, "", "gone = 1")
     shell.run_line_magic("ranks", "restart")
     ranks(shell, "tp=1", "'gone' in globals()")
-    assert capsys.readouterr().out == "[rank 1] False\n"
+    assert capsys.readouterr().out == "cluster: 2 ranks are ready, fresh; what they held is gone\n[rank 1] False\n"
     shell.run_line_magic("ranks", "close")
+    assert capsys.readouterr().out == "cluster: closed, 2 ranks ended\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from workbench.ranks.screen import Screen, settled_lines
 

@@ -9,36 +9,62 @@ They use the variable `cluster`, however it was made. Knows IPython and the publ
 
 from __future__ import annotations
 
+import functools
+import os
 import shlex
 import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.display import display
 
-from workbench.errors import WorkbenchError
+from workbench.errors import LayoutError, WorkbenchError
+from workbench.home import home
 from workbench.plan.layout import Layout
+from workbench.plan.selector import name_ranks
 from workbench.ranks.cluster import Cluster
-from workbench.ranks.handle import CellHandle, CellResult, name_ranks
+from workbench.ranks.handle import CellHandle, CellResult
 from workbench.ranks.launch import launch
+from workbench.ranks.progress import is_notebook
+from workbench.ranks.stream import Stream, output_file
+from workbench.ranks.surface import TICK_S, Panel, Surface, surface_here
+from workbench.records import RankStatus
 
-__all__ = ["RankMagics", "load_ipython_extension"]
+__all__ = ["OPTIONS", "VERBS", "RankMagics", "cluster_of", "load_ipython_extension"]
 
-_STREAM_AFTER_S = 1.0  # a shorter cell prints once, folded, at its end
-_FOLD_S = 0.2  # lines that arrive within this time are folded when ranks wrote the same
-_VERBS = ("status", "diagnose", "interrupt", "restart", "respawn", "ledger", "close")
+VERBS = {
+    "status": "a table of the ranks",
+    "diagnose": "who waits for whom, now",
+    "interrupt": "stop a cell that runs in the background",
+    "restart": "fresh ranks in place of all",
+    "respawn": "bring a dead rank back: respawn 2",
+    "ledger": "a row a collective and rank",
+    "close": "end the ranks",
+}
+OPTIONS = {"%launch": ("--layout", "--seed"), "%%ranks": ("--timeout", "--bg", "--out", "--quiet"), "%ranks": ()}
+_STOP_LIMIT_S = 15.0
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class BadLine(UsageError, ValueError):  # type: ignore[misc]  # IPython has no types
+    """What the line of a magic asks cannot be."""
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows: the text alone, as for its own usage errors."""
+        return [f"UsageError: {self}"]
 
 
 class _Parser(ArgumentParser):
     """Arguments of a magic; a mistake is IPython's UsageError, not the end of the kernel."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}\n{self.format_usage().strip()}")
+        raise BadLine(f"{message}\n{self.format_usage().strip()}")
 
 
 def _parser(name: str, *arguments: tuple[Sequence[str], dict[str, Any]]) -> _Parser:
@@ -64,45 +90,20 @@ _CELL = _parser(
 )
 
 
-class Stream:
-    """Output of ranks as it arrives: held back for a second, then shown line by line, equal lines of several ranks as one."""
+def _without_stack(method: Method) -> Method:
+    """Have IPython show the text of our own errors alone: the stack above them is the workbench's, and no help to anybody."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lines: list[tuple[int, str]] = []
-        self._rest: dict[tuple[int, str], str] = {}
-        self.has_begun = False
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except (WorkbenchError, KeyboardInterrupt) as error:
+            text = f"{type(error).__name__}: {error}"
+            if not hasattr(error, "_render_traceback_"):
+                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]
+            raise
 
-    def take(self, rank: int, name: str, text: str) -> None:
-        """Keep whole lines; called from the conductor's thread, which must never print."""
-        with self._lock:
-            *lines, rest = (self._rest.get((rank, name), "") + text).split("\n")
-            self._rest[rank, name] = rest
-            self._lines += [(rank, line.rpartition("\r")[2]) for line in lines]
-
-    def show(self, *, is_last: bool = False) -> None:
-        """Print what has come, from the cell's own thread."""
-        with self._lock:
-            lines, self._lines = self._lines, []
-            if is_last:
-                lines += [(rank, text) for (rank, _), text in self._rest.items() if text]
-                self._rest = {}
-        self.has_begun = self.has_begun or bool(lines)
-        for ranks, line in _fold(lines):
-            print(f"[{name_ranks(ranks)}] {line}")
-
-
-def _fold(lines: Sequence[tuple[int, str]]) -> list[tuple[tuple[int, ...], str]]:
-    """Equal lines of different ranks as one, in the order in which they first came; a rank's own repeated lines stay."""
-    folded: list[tuple[list[int], str]] = []
-    for rank, line in lines:
-        for ranks, text in folded:
-            if text == line and rank not in ranks:
-                ranks.append(rank)
-                break
-        else:
-            folded.append(([rank], line))
-    return [(tuple(sorted(ranks)), line) for ranks, line in folded]
+    return call  # type: ignore[return-value]
 
 
 @magics_class
@@ -110,99 +111,228 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
     """The magics; one instance a shell."""
 
     @line_magic  # type: ignore[untyped-decorator]
+    @_without_stack
     def launch(self, line: str) -> None:
-        """%launch N [--layout tp=2,pp=2] [--seed S]: start N gloo ranks and bind `cluster`."""
-        arguments = _LAUNCH.parse_args(shlex.split(line))
+        """Start N gloo ranks, a process each, and bind them to the variable `cluster`.
+
+        %launch N [--layout tp=2,pp=2] [--seed S]
+
+        --layout   axes and degrees: the groups are formed, and selectors such as tp=0 work
+        --seed     rank r seeds random, numpy and torch with S + r (default 0)
+
+        A cluster that is bound already is closed first. Afterwards: %%ranks runs a cell on the ranks, %ranks asks and steers them.
+        """
+        arguments = _LAUNCH.parse_args(_words(line))
         layout = _layout(arguments.layout, arguments.world_size) if arguments.layout else None
         old = self.shell.user_ns.get("cluster")
         if isinstance(old, Cluster) and not old.is_closed:
             old.close()
             print(f"replaced cluster: its {old.world_size} ranks were ended")
-        cluster = launch(arguments.world_size, seed=arguments.seed)
+        try:
+            cluster = launch(arguments.world_size, seed=arguments.seed)
+        except ValueError as error:
+            raise BadLine(str(error)) from None
         if layout is not None:
             cluster.use(layout)
         self.shell.user_ns["cluster"] = cluster
-        print(f"cluster: {cluster.world_size} ranks are ready" + (f", layout {arguments.layout}" if layout is not None else ""))
+        print(f"cluster: {_count(cluster.world_size)} ready" + (f", layout {arguments.layout}" if layout is not None else ""))
 
     @line_cell_magic  # type: ignore[untyped-decorator]
+    @_without_stack
     def ranks(self, line: str, cell: str | None = None) -> Any:
-        """%%ranks [selector] [--timeout S] [--bg] [--out NAME] [--quiet]: run the cell on ranks; %ranks VERB: ask or steer them."""
+        """Run a cell on ranks, or ask and steer them; both use the variable `cluster`, however it was made.
+
+        %%ranks [selector] [--timeout S] [--bg] [--out NAME] [--quiet]
+            selector    0,2-3 or tp=0 or dp=1,pp=0 (axes of the layout in use); all ranks where it is left out
+            --timeout   end the cell after S seconds and say who waits for whom
+            --bg        go on at once; the cell's handle is NAME (or `cell`): .result(), .done(), .cancel()
+            --out       keep what the ranks gave: NAME[rank].stdout, .result_text, ...
+            --quiet     show nothing
+
+        %ranks status | diagnose | interrupt | restart | respawn K | ledger | close
+
+        A cell sees rank, world_size, group, groups, torch, dist, wb and whatever earlier cells left on its rank. Its last expression is
+        shown per rank, equal ones once. `name?` as a cell's last line tells what a name is on the ranks.
+        """
         if cell is None:
-            return self._steer(shlex.split(line))
-        arguments = _CELL.parse_args(shlex.split(line))
-        cluster = self._cluster()
+            return self._steer(_words(line))
+        arguments = _CELL.parse_args(_words(line))
+        cluster = cluster_of(self.shell)
+        stream = Stream(lambda: output_file(home() / "output", _file_name(handle)))
+        try:
+            handle = cluster.execute(cell, arguments.selector, timeout_s=arguments.timeout, block=False, on_output=stream.take)
+        except SyntaxError as error:
+            error.is_of_cell = True  # type: ignore[attr-defined]  # see _show_error
+            raise
+        except ValueError as error:
+            raise BadLine(str(error)) from None
         if arguments.bg:
-            handle = cluster.execute(cell, arguments.selector, timeout_s=arguments.timeout, block=False)
-            self.shell.user_ns[arguments.out or "cell"] = handle
-            print(f"{handle!r}; its handle is `{arguments.out or 'cell'}`: .result(), .done(), .cancel()")
+            self._leave(handle, stream, name=arguments.out or "cell", is_quiet=arguments.quiet)
             return None
-        stream = Stream()
-        handle = cluster.execute(cell, arguments.selector, timeout_s=arguments.timeout, block=False, on_output=stream.take)
-        result = self._watch(cluster, handle, stream, is_quiet=arguments.quiet)
+        result = _watch(cluster, handle, stream, None if arguments.quiet else surface_here())
         if arguments.out:
             self.shell.user_ns[arguments.out] = result
         return None
 
-    def _watch(self, cluster: Cluster, handle: CellHandle, stream: Stream, *, is_quiet: bool) -> CellResult:
-        started = time.monotonic()
-        try:
-            while not handle.wait(_FOLD_S if stream.has_begun else 0.02):
-                if not is_quiet and time.monotonic() - started > _STREAM_AFTER_S:
-                    stream.show()
-        except KeyboardInterrupt:
-            cluster.interrupt()
-            handle.wait(15.0)
-            stream.show(is_last=True)
-            found = cluster.last_diagnosis
-            print(f"interrupted; names are kept\n{found.text if found else ''}")
-            raise
-        try:
-            result: CellResult = handle.result()
-        except WorkbenchError:
-            stream.show(is_last=True)
-            raise
-        if not is_quiet:
-            self._finish(result, stream)
-        return result
-
-    def _finish(self, result: CellResult, stream: Stream) -> None:
-        if not stream.has_begun:
-            if text := str(result):
-                print(text)
+    def _leave(self, handle: CellHandle, stream: Stream, *, name: str, is_quiet: bool) -> None:
+        """Let a cell run beside the notebook; its panel goes on, a terminal stays free for what is typed next."""
+        self.shell.user_ns[name] = handle
+        if is_quiet or not is_notebook():
+            print(f"{handle!r}; its handle is `{name}`: .result(), .done(), .cancel()")
             return
-        stream.show(is_last=True)
-        for ranks, text in _fold([(rank, output.result_text) for rank, output in result.items() if output.result_text]):
-            print(f"[{name_ranks(ranks)}] {text}")
+        panel = Panel()
+        panel.update(stream, f"{handle.status}; its handle is `{name}`: .result(), .done(), .cancel()")
+        threading.Thread(target=_follow, args=(handle, stream, panel), name="workbench-follow", daemon=True).start()
 
     def _steer(self, words: list[str]) -> Any:
         verb = words[0] if words else "status"
-        if verb not in _VERBS:
-            raise UsageError(f"%ranks {verb}: the verb must be one of {', '.join(_VERBS)}; a cell for the ranks begins with %%ranks")
+        if verb not in VERBS:
+            raise BadLine(f"%ranks {verb}: the verb must be one of {', '.join(VERBS)}; a cell for the ranks begins with %%ranks")
         if verb == "close" and not isinstance(self.shell.user_ns.get("cluster"), Cluster):
             return None
-        cluster = self._cluster()
+        cluster = cluster_of(self.shell)
         calls: dict[str, Callable[[], Any]] = {
-            "status": lambda: display(cluster),
-            "diagnose": lambda: print(cluster.diagnose()),
-            "interrupt": cluster.interrupt,
-            "restart": cluster.restart,
-            "respawn": lambda: cluster.respawn(_rank_of(words)),
+            "status": lambda: _show_status(cluster),
+            "diagnose": lambda: _show(found := cluster.diagnose(), str(found)),
+            "interrupt": lambda: _interrupt(cluster),
+            "restart": lambda: _restart(cluster),
+            "respawn": lambda: _respawn(cluster, words),
             "ledger": cluster.ledger,
-            "close": cluster.close,
+            "close": lambda: _close(cluster),
         }
         return calls[verb]()
 
-    def _cluster(self) -> Cluster:
-        cluster = self.shell.user_ns.get("cluster")
-        if not isinstance(cluster, Cluster):
-            raise UsageError("there is no cluster: the variable `cluster` is not bound to one; %launch 4 makes it")
+
+def cluster_of(shell: InteractiveShell) -> Cluster:
+    """The cluster bound to `cluster`.
+
+    Raises:
+        BadLine: there is none.
+    """
+    cluster = shell.user_ns.get("cluster")
+    if isinstance(cluster, Cluster):
         return cluster
+    has = f"it is a {type(cluster).__name__}" if cluster is not None else "it is not bound"
+    raise BadLine(f"there is no cluster: the variable `cluster` is needed, and {has}\n%launch 4 makes one")
 
 
-def _rank_of(words: Sequence[str]) -> int:
+def _file_name(handle: CellHandle) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-cell-{handle.number}"
+
+
+# -- a cell while it runs ------------------------------------------------------------------------------------------------------------------
+
+
+def _watch(cluster: Cluster, handle: CellHandle, stream: Stream, surface: Surface | None) -> CellResult:
+    """Show a cell until it ends; an interrupt stops it on the ranks first."""
+    try:
+        _show_until_done(handle, stream, surface)
+    except KeyboardInterrupt:
+        took_s = _stop(handle)
+        _finish(handle, stream, surface)
+        found = cluster.last_diagnosis
+        told = f"{handle.name} was stopped; ranks free after {took_s:.1f} s, names kept"
+        raise KeyboardInterrupt(f"{told}\n{found.text if found is not None else ''}".rstrip()) from None
+    _finish(handle, stream, surface)
+    result: CellResult = handle.result()
+    return result
+
+
+def _stop(handle: CellHandle) -> float:
+    """Stop a cell, and wait for its end; a second interrupt has stuck ranks killed. Returns seconds."""
+    started = time.monotonic()
+    handle.cancel()
+    while time.monotonic() - started < _STOP_LIMIT_S:
+        try:
+            if handle.wait(0.05):
+                break
+        except KeyboardInterrupt:
+            handle.cancel()
+    return time.monotonic() - started
+
+
+def _show_until_done(handle: CellHandle, stream: Stream, surface: Surface | None) -> None:
+    started = time.monotonic()
+    while not handle.wait(TICK_S if time.monotonic() - started > TICK_S else 0.02):
+        if surface is not None and time.monotonic() - started > surface.patience_s:
+            surface.update(stream, handle.status)
+
+
+def _finish(handle: CellHandle, stream: Stream, surface: Surface | None) -> None:
+    if surface is not None:
+        surface.finish(stream, handle.outputs())
+    stream.close()
+
+
+def _follow(handle: CellHandle, stream: Stream, panel: Panel) -> None:
+    """Move the panel of a cell in the background; what went wrong stands in it, for nobody waits for the cell."""
+    while not handle.wait(TICK_S):
+        panel.update(stream, handle.status)
+    outputs = handle.outputs()
+    try:
+        handle.result()
+    except WorkbenchError as error:
+        panel.foot = f"{type(error).__name__}: {error}"
+    panel.finish(stream, outputs)
+
+
+# -- verbs ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _show_status(cluster: Cluster) -> None:
+    table = "\n".join(_row(one) for one in ([] if cluster.is_closed else cluster.status()))
+    _show(cluster, f"{cluster!r}\n{table}".rstrip())
+
+
+def _show(value: Any, text: str) -> None:
+    display({"text/html": value._repr_html_(), "text/plain": text}, raw=True)
+
+
+def _row(one: RankStatus) -> str:
+    cell = f", cell {one.cell}" if one.cell is not None else ""
+    waits = f", waits in {one.waits_in}" if one.waits_in else ""
+    return f"rank {one.rank}: {one.state}, pid {one.pid}, {one.rss_bytes / 2**20:.0f} MiB{cell}{waits}"
+
+
+def _interrupt(cluster: Cluster) -> None:
+    was_running = any(one.cell is not None for one in cluster.status())
+    cluster.interrupt()
+    print("the cell was told to stop; its handle's result() says how it ended" if was_running else "no cell runs; nothing to interrupt")
+
+
+def _restart(cluster: Cluster) -> None:
+    cluster.restart()
+    print(f"cluster: {_count(cluster.world_size)} ready, fresh; what they held is gone")
+
+
+def _respawn(cluster: Cluster, words: Sequence[str]) -> None:
     if len(words) != 2 or not words[1].isdigit():
-        raise UsageError("%ranks respawn needs the number of a dead rank: %ranks respawn 2")
-    return int(words[1])
+        raise BadLine("%ranks respawn needs the number of a dead rank: %ranks respawn 2")
+    try:
+        cluster.respawn(int(words[1]))
+    except ValueError as error:
+        raise BadLine(str(error)) from None
+    print(f"rank {words[1]} is back, empty; the others keep their names")
+
+
+def _close(cluster: Cluster) -> None:
+    was_closed = cluster.is_closed
+    cluster.close()
+    print("cluster: was closed already" if was_closed else f"cluster: closed, {cluster.world_size} ranks ended")
+
+
+def _count(world_size: int) -> str:
+    return "1 rank is" if world_size == 1 else f"{world_size} ranks are"
+
+
+# -- lines ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise BadLine(f"{line!r} cannot be read: {error}") from None
 
 
 def _layout(text: str, world_size: int) -> Layout:
@@ -211,19 +341,27 @@ def _layout(text: str, world_size: int) -> Layout:
     for part in text.split(","):
         axis, _, degree = part.partition("=")
         if not degree.strip().isdigit():
-            raise UsageError(f"--layout {text}: {part!r} is no degree; write axis=number, as in tp=2,pp=2")
+            raise BadLine(f"--layout {text}: {part!r} is no degree; write axis=number, as in tp=2,pp=2")
         degrees[axis.strip()] = int(degree)
     try:
         return Layout(world_size=world_size, **degrees)
     except TypeError as error:
-        raise UsageError(f"--layout {text}: {error}; axes are dp, pp, pcp, tp, dcp") from error
+        raise BadLine(f"--layout {text}: {error}; axes are dp, pp, pcp, tp, dcp") from None
+    except LayoutError as error:
+        raise BadLine(f"--layout {text}: {error}") from None
 
 
-def _point_to_ranks(
-    shell: InteractiveShell, kind: type[BaseException], error: BaseException, trace: Any, tb_offset: int | None = None
-) -> None:
-    """Show a NameError of an ordinary cell as usual, and say when the name lives on ranks."""
-    shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+def _show_error(shell: InteractiveShell, kind: type[BaseException], error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
+    """Show a SyntaxError of a cell for ranks without our stack; a NameError as usual, and say when the name lives on ranks."""
+    if getattr(error, "is_of_cell", False):
+        shell.showsyntaxerror()
+        return
+    shell.showtraceback((kind, error, trace), tb_offset=tb_offset, running_compiled_code=True)
+    if isinstance(error, NameError):
+        _point_to_ranks(shell, error)
+
+
+def _point_to_ranks(shell: InteractiveShell, error: NameError) -> None:
     cluster = shell.user_ns.get("cluster")
     name = getattr(error, "name", None)
     if not isinstance(cluster, Cluster) or cluster.is_closed or not name:
@@ -246,4 +384,4 @@ def _has_name(name: str) -> bool:
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Called by `%load_ext workbench`."""
     shell.register_magics(RankMagics)
-    shell.set_custom_exc((NameError,), _point_to_ranks)
+    shell.set_custom_exc((NameError, SyntaxError), _show_error)

@@ -174,6 +174,24 @@ class CellHandle:
     def number(self) -> int:
         return self._cell.number
 
+    @property
+    def name(self) -> str:
+        """How errors and diagnoses call it."""
+        return self._cell.name
+
+    @property
+    def status(self) -> str:
+        """What it does, in one line."""
+        if self.done():
+            return f"{self._cell.name}: done"
+        pending = sorted(self._cell.pending)
+        what = f"waits for {name_ranks(pending)}" if pending else "the ranks form their groups again"
+        return f"{self._cell.name}: {time.monotonic() - self._cell.started_s:.0f} s, {what}"
+
+    def outputs(self) -> CellResult:
+        """What the ranks have given; also of a cell that failed."""
+        return self._cell.result()
+
     def done(self) -> bool:
         """Whether every rank has finished and the group stands."""
         return self._cell.finished.is_set()

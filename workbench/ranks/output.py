@@ -23,6 +23,7 @@ class OutputPipe:
         os.set_blocking(self.reading, False)
         self._pieces: list[bytes] = []
         self.tail = b""
+        self._num_heard = 0  # pieces that a listener has got; those that came while nobody listened go to the next one
         self._streamed = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def hand_over(self) -> None:
@@ -33,6 +34,7 @@ class OutputPipe:
 
     def drain(self, on_text: Callable[[str], None] | None = None) -> bool:
         """Read all that is there, and show it as text, never half a character; False at end of file."""
+        self._tell(on_text)
         while True:
             try:
                 piece = os.read(self.reading, _PIECE)
@@ -44,12 +46,21 @@ class OutputPipe:
                 return False
             self._pieces.append(piece)
             self.tail = (self.tail + piece)[-16384:]
-            if on_text is not None and (text := self._streamed.decode(piece)):
+            self._tell(on_text)
+
+    def _tell(self, on_text: Callable[[str], None] | None) -> None:
+        if on_text is None:
+            return
+        for piece in self._pieces[self._num_heard :]:
+            self._num_heard += 1
+            if text := self._streamed.decode(piece):
                 on_text(text)
 
     def take(self) -> str:
         """The text since the last call."""
-        data, self._pieces = b"".join(self._pieces), []
+        if self._num_heard < len(self._pieces):
+            self._streamed.reset()
+        data, self._pieces, self._num_heard = b"".join(self._pieces), [], 0
         return data.decode(errors="replace")
 
     def last_lines(self, count: int = 5) -> str:

@@ -17,14 +17,14 @@ from workbench.records import Shown
 
 __all__ = ["page_of_lines", "page_of_ranks", "page_of_stream", "page_of_values"]
 
-_MOST_FOLDED = 200  # lines a rank in the folded view
-_MOST_OF_RANKS = 2_000  # lines of all ranks together behind the click
 _LONGEST_LINE = 2_000  # characters
 _MUTED = "color:var(--jp-ui-font-color2,#666)"
-_PRE = "margin:0;padding:0;background:none;white-space:pre-wrap;overflow-wrap:anywhere;font-size:var(--jp-code-font-size,13px)"
+_FONT = "font-family:var(--jp-code-font-family,monospace);font-size:var(--jp-code-font-size,13px)"
+_PRE = f"margin:0;padding:0;background:none;color:inherit;white-space:pre-wrap;overflow-wrap:anywhere;{_FONT}"
 _MARK = "background:none;color:inherit;font-weight:bold;text-decoration:underline 2px #D55E00"
-_ERROR = "background:var(--jp-rendermime-error-background,#fdd)"
+_ERROR = "border-left:3px solid #D55E00;padding-left:5px"
 _SCROLL = "max-height:30em;overflow:auto"
+_AT_END = f"display:flex;flex-direction:column-reverse;{_SCROLL}"  # a box whose end is in sight, also when it grows
 _PICTURES = ("image/png", "image/jpeg")
 
 _TABS = """<style>
@@ -36,24 +36,25 @@ _TABS = """<style>
 </style>"""
 
 
-def page_of_lines(by_rank: Mapping[int, Sequence[str]], *, older: str = "", is_error: bool = False) -> str:
-    """What ranks wrote: equal lines once, numbers that differ underlined, the first lines of a flood left out."""
-    dropped = {rank: len(lines) - _MOST_FOLDED for rank, lines in by_rank.items() if len(lines) > _MOST_FOLDED}
-    folded = fold_lines({rank: lines[-_MOST_FOLDED:] for rank, lines in by_rank.items()})
+def page_of_lines(by_rank: Mapping[int, Sequence[str]], *, most: int, older: str = "", is_error: bool = False) -> str:
+    """What ranks wrote: equal lines once, numbers that differ underlined, of each rank the last `most` lines."""
+    dropped = {rank: len(lines) - most for rank, lines in by_rank.items() if len(lines) > most}
+    folded = fold_lines({rank: lines[-most:] for rank, lines in by_rank.items()})
     if not folded:
         return ""
     body = _lines(folded)
-    style = f"{_SCROLL};{_ERROR}" if is_error else _SCROLL
-    return _older(dropped, older) + f'<div style="{style}"><pre style="{_PRE}">{body}</pre></div>'
+    style = f"{_AT_END if dropped else _SCROLL};{_ERROR if is_error else ''}"
+    title = ' title="stderr"' if is_error else ""
+    return _older(dropped, older) + f'<div style="{style}"{title}><pre style="flex:none;{_PRE}">{body}</pre></div>'
 
 
-def page_of_stream(folded: Sequence[FoldedLine], bars: Mapping[int, Sequence[str]], *, num_dropped: int, older: str) -> str:
-    """A cell that still runs: its newest lines, then the rows that still change, such as progress bars; it stays at its end."""
+def page_of_stream(folded: Sequence[FoldedLine], bars: Mapping[int, Sequence[str]], *, num_dropped: int, older: str, status: str) -> str:
+    """A cell that still runs: its newest lines, then rows that still change, such as progress bars; it scrolls with its end."""
     head = f'<div style="{_MUTED}">{num_dropped:,} older lines: {html.escape(older)}</div>' if num_dropped else ""
-    still = "".join(f"{_label((rank,))}{html.escape(row[:_LONGEST_LINE])}\n" for rank, rows in sorted(bars.items()) for row in rows)
-    body = _lines(folded) + (f"\n{still.rstrip()}" if folded and still else still.rstrip())
-    box = f"display:flex;flex-direction:column-reverse;{_SCROLL}"
-    return f'{head}<div style="{box}"><pre style="flex:none;{_PRE}">{body}</pre></div>'
+    still = "\n".join(_label((rank,)) + html.escape(row[:_LONGEST_LINE]) for rank, rows in sorted(bars.items()) for row in rows)
+    body = "\n".join(part for part in (_lines(folded), still) if part)
+    foot = f'<div style="{_MUTED};font-style:italic">{html.escape(status)}</div>'
+    return f'{head}<div style="{_AT_END}"><pre style="flex:none;{_PRE}">{body}</pre></div>{foot}'
 
 
 def _lines(folded: Sequence[FoldedLine]) -> str:
@@ -114,12 +115,10 @@ def _form(shown: Shown, name: str) -> str:
     return f'<pre style="{_PRE};{_SCROLL}">{html.escape(shown.text)}</pre>'
 
 
-def page_of_ranks(by_rank: Mapping[int, Sequence[str]], *, older: str = "") -> str:
-    """Each rank's own text behind one click, a tab a rank; "" where all ranks gave the same few lines."""
-    has_more = any(len(lines) > _MOST_FOLDED for lines in by_rank.values())
-    if len(by_rank) < 2 or not (has_more or len(set(map(tuple, by_rank.values()))) > 1):
+def page_of_ranks(by_rank: Mapping[int, Sequence[str]], *, most: int, older: str = "") -> str:
+    """Each rank's own text behind one click, a tab a rank; "" where all ranks gave the same."""
+    if len(set(map(tuple, by_rank.values()))) < 2:
         return ""
-    most = max(20, _MOST_OF_RANKS // len(by_rank))
     group = f"wb-{zlib.crc32(repr(by_rank).encode(errors='replace')):08x}"  # of this page alone, and the same in every build of a notebook
     tabs = "".join(_tab(rank, lines, most, group, older, is_open=rank == min(by_rank)) for rank, lines in by_rank.items())
     summary = f'<summary style="cursor:pointer;{_MUTED}">each rank by itself</summary>'

@@ -1,12 +1,16 @@
-"""One line that says what is waited for: overwritten on a terminal, shown and taken away in a notebook, silent elsewhere."""
+"""One line that says what is waited for: overwritten on a terminal, shown and taken away in a notebook, silent elsewhere.
+
+Knows where this process prints. Does not know what is waited for.
+"""
 
 from __future__ import annotations
 
+import html
 import sys
 from types import TracebackType
 from typing import Any
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "is_notebook"]
 
 
 class Progress:
@@ -20,10 +24,10 @@ class Progress:
         return self
 
     def show(self, text: str) -> None:
-        if _is_notebook():
+        if is_notebook():
             from IPython.display import HTML, display
 
-            page = HTML(f"<i>{text}</i>")
+            page = HTML(f"<i>{html.escape(text)}</i>")
             if self._handle is None:
                 self._handle = display(page, display_id=True)
             else:
@@ -41,7 +45,8 @@ class Progress:
             print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
-def _is_notebook() -> bool:
+def is_notebook() -> bool:
+    """Whether this process is a kernel, whose output goes to a page."""
     module = sys.modules.get("IPython")
     shell = module.get_ipython() if module is not None and hasattr(module, "get_ipython") else None
     return shell is not None and getattr(shell, "kernel", None) is not None

@@ -16,6 +16,9 @@ from workbench.records import Shown
 
 __all__ = ["CellResult", "RankOutput", "text_of_lines", "text_of_values"]
 
+MOST_LINES = 1_000  # of all ranks together on a page
+_STREAMS = ("stdout", "stderr")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOutput:
@@ -82,9 +85,19 @@ class CellResult(Mapping[int, RankOutput]):
             for value in fold_values({rank: output.values[place] for rank, output in self._outputs.items() if place < len(output.values)})
         ]
 
+    @property
+    def is_flood(self) -> bool:
+        """Whether a page shows only the last lines."""
+        return sum(len(lines) for stream in _STREAMS for lines in self.lines(stream).values()) > MOST_LINES
+
     def __str__(self) -> str:
-        written = [line for stream in ("stdout", "stderr") for line in fold_lines(self.lines(stream))]
-        return "\n".join([*text_of_lines(written), *text_of_values(self.folded_values())])
+        return self.text()
+
+    def text(self, older: str = "") -> str:
+        """All of it in lines with the names of ranks; of a flood the last ones where `older` says where the others are."""
+        written = [line for stream in _STREAMS for line in fold_lines(self.lines(stream))]
+        head = [f"{len(written) - MOST_LINES:,} older lines: {older}"] if older and len(written) > MOST_LINES else []
+        return "\n".join([*head, *text_of_lines(written[-MOST_LINES:] if head else written), *text_of_values(self.folded_values())])
 
     def __repr__(self) -> str:
         return str(self) or f"<no output of {name_ranks(tuple(self._outputs))}>"
@@ -94,10 +107,12 @@ class CellResult(Mapping[int, RankOutput]):
 
     def page(self, older: str = "") -> str:
         """All of it as HTML without scripts, "" where there is nothing; `older` says where lines are that are too many to show."""
-        blocks = [page_of_lines(self.lines("stdout"), older=older), page_of_lines(self.lines("stderr"), older=older, is_error=True)]
+        most = max(10, MOST_LINES // len(self._outputs)) if self.is_flood else MOST_LINES
+        blocks = [page_of_lines(self.lines(stream), most=most, older=older, is_error=stream == "stderr") for stream in _STREAMS]
         blocks.append(page_of_values(self.folded_values()))
         shown = "".join(blocks)
-        return shown + page_of_ranks({rank: _whole(output) for rank, output in self._outputs.items()}, older=older) if shown else ""
+        whole = {rank: _whole(output) for rank, output in self._outputs.items()}
+        return shown + page_of_ranks(whole, most=most, older=older) if shown else ""
 
 
 def _whole(output: RankOutput) -> tuple[str, ...]:
