@@ -344,13 +344,14 @@ class Board:
         self._words[base + _NUM_LEDGER] = total + 1
         return total
 
-    def amend(self, rank: int, number: int, *, waited_ns: int, end_ns: int) -> None:
-        """Complete the row of an asynchronous collective once it was waited for, if the ring still holds it."""
+    def amend(self, rank: int, number: int, *, waited_ns: int | None, end_ns: int) -> None:
+        """Complete the row of a call once it was waited for, if the ring still holds it; `waited_ns` None leaves its wait as it is."""
         base = rank * _AREA_WORDS
         if number < 0 or self._words[base + _NUM_LEDGER] - number > _LEDGER_ROWS:
             return
         at = base + _AREA_WORDS - _LEDGER_ROWS * _LEDGER_WORDS + (number % _LEDGER_ROWS) * _LEDGER_WORDS
-        self._words[at + _ARRIVED] = self._words[at + _STARTED] + waited_ns
+        if waited_ns is not None:
+            self._words[at + _ARRIVED] = min(self._words[at + _STARTED] + waited_ns, end_ns)
         self._words[at + _ENDED] = end_ns
 
     # -- inside -------------------------------------------------------------------------------------------------------------------------

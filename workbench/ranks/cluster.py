@@ -32,6 +32,7 @@ from workbench.ranks.ledger import ledger_frame, write_perfetto
 from workbench.ranks.messages import RunCell, Task
 from workbench.ranks.observer import Observed, Observer, rank_status, read_memory
 from workbench.ranks.processes import Processes
+from workbench.ranks.stragglers import Stragglers, find_stragglers
 from workbench.records import CollectiveTrace, Diagnosis, RankStatus
 
 if TYPE_CHECKING:
@@ -456,9 +457,13 @@ class Cluster:
     def ledger(self) -> pd.DataFrame:
         """A row a collective and rank, the last 4,096 of each rank.
 
-        Columns: rank, op, group, sequence, num_bytes, start_s, wait_s, duration_s, cell, line.
+        Columns: rank, op, group, sequence, num_bytes, start_s, skew_s, wait_s, duration_s, cell, line.
         """
         return ledger_frame(self._conductor.board, self._conductor.groups)
+
+    def stragglers(self, cell: int | None = None) -> Stragglers:
+        """Who made whom wait, and for how long, in one cell or in all that the ledger holds: a table and a sentence."""
+        return find_stragglers(self._conductor.board, self._conductor.groups, cell)
 
     def to_perfetto(self, path: str | os.PathLike[str]) -> Path:
         """Write the ledger as a trace that Perfetto and chrome://tracing open."""

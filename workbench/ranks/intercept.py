@@ -289,9 +289,10 @@ class Interceptor:
             if is_later:
                 self._remember(replace(call, work=work, storages=_storages(args[0]), row=self._note(name, call, args, started, arrived)))
             elif operation.is_point_to_point:
-                self._local.call = call
+                self._local.call = replace(call, row=self._note(name, call, args, started, arrived))
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 work.wait()
+                arrived = arrived if is_met else time.monotonic_ns()  # not told apart from the moving of data then
             self._tell_hooks(call, args, work, is_blocking=is_blocking)
         except RuntimeError as error:
             self._tell_freed(call, error)
@@ -299,7 +300,7 @@ class Interceptor:
         finally:
             if not (is_blocking and operation.is_point_to_point):
                 self.board.move(self.rank, AreaState.NOWHERE)
-        if not is_later:
+        if not is_later and not operation.is_point_to_point:
             self._note(name, call, args, started, arrived)
         return out
 
@@ -429,10 +430,15 @@ class Interceptor:
         @functools.wraps(make)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self._local.is_blocking = True
+            began = time.monotonic_ns()
             try:
                 self._local.call = None
                 made = make(*args, **kwargs)
                 self._take(self._local.call, made)
+                if self._local.call is not None:
+                    ended = time.monotonic_ns()
+                    has_waited = make.__name__ == "send" or not self.is_checked  # a receive that is checked has waited on the board
+                    self.board.amend(self.rank, self._local.call.row, waited_ns=ended - began if has_waited else None, end_ns=ended)
                 for told in getattr(self._local, "told", []):
                     told()
                 return made
@@ -504,7 +510,8 @@ class Interceptor:
                 self._compare(call)
                 self.board.move(self.rank, AreaState.IN_GLOO)
             result = wait()
-            self.board.amend(self.rank, call.row, waited_ns=arrived - began, end_ns=time.monotonic_ns())
+            ended = time.monotonic_ns()
+            self.board.amend(self.rank, call.row, waited_ns=(arrived if is_on_board else ended) - began, end_ns=ended)
             if call.sources:
                 self._take(call, call.group.ranks[call.work._source_rank()])
             return result
