@@ -144,7 +144,14 @@ def test_groups_check_as_the_cluster_does() -> None:
         g, mine = wb.current().group, wb.Group.create([0, 1], "mine")
         rows = g.all_gatherv(torch.full((600 * g.rank,), 1.0))  # sizes are told in any case
         objects = mine.all_gather_object("x" * 3000 * g.rank)
-        return [g.checks, mine.checks, wb.current().groups["tp"].checks, rows.numel(), [len(o) for o in objects], g.all_reduce(rows).numel()]
+        return [
+            g.checks,
+            mine.checks,
+            wb.current().groups["tp"].checks,
+            rows.numel(),
+            [len(o) for o in objects],
+            g.all_reduce(rows).numel(),
+        ]
 
     with wb.launch(2, check_collectives=False) as cluster:
         cluster.use(wb.Layout(2, tp=2))
@@ -155,3 +162,72 @@ def test_groups_check_as_the_cluster_does() -> None:
             cluster.execute("group.all_gather(torch.ones(2), dim=3)", timeout_s=20)
         with pytest.raises(wb.CollectiveMismatch, match="rank 0 called Group.all_gather_object(.*), rank 1 called all_reduce"):
             cluster.execute("group.all_gather_object(1) if rank == 0 else group.all_reduce(torch.ones(1))", timeout_s=20)
+
+
+def test_large_objects_pass_between_two_ranks_in_order_and_dropped_ones_leave_the_channel_usable(pair: wb.Cluster) -> None:
+    def body() -> list[object]:
+        import torch
+
+        g = wb.current().group
+        large = [{"text": chr(97 + n) * 400_000, "array": torch.full((200_000,), n)} for n in range(3)]
+        if g.rank == 0:
+            for obj in large:
+                g.send_object(obj, dst=1)
+            g.send_object("small", dst=1)
+            g.send_object(large[0], dst=1)
+            g.send_object("last", dst=1)
+            return [g.recv_object(1)["text"][0], large[0]["text"][0]]
+        got = [g.recv_object(0) for _ in range(4)]
+        with pytest.raises(wb.GroupError, match="it is: object in shared memory; the call waits for: tensor"):
+            g.recv(torch.Size([1]), torch.float32, src=0)
+        last = g.recv_object(0)
+        g.send_object({"text": "z" * 400_000}, dst=0)
+        return [[one["text"][0] + str(len(one["text"])) + str(one["array"].sum().item()) for one in got[:3]], got[3], last]
+
+    first, second = pair.run(body, timeout_s=30)
+    assert first == ["z", "a"] and second == [["a4000000", "b400000200000", "c400000400000"], "small", "last"]
+
+
+def test_what_a_rank_received_is_its_own_when_the_memory_it_came_in_is_used_again(pair: wb.Cluster) -> None:
+    def body() -> bool:
+        import torch
+
+        g, kept = wb.current().group, []
+        for n in range(5):
+            objects = g.all_gather_object(torch.full((100_000,), n * 10 + g.rank))
+            values = g.broadcast_tensor_dict({"x": torch.full((70_000,), n), "y": torch.full((3,), n)} if g.rank == 0 else None)
+            rows = g.all_gatherv([torch.full((50_000 + g.rank,), n), torch.full((50_000 + g.rank, 2), n, dtype=torch.int8)])
+            kept.append((n, objects, values, rows))
+        return all(
+            bool((objects[r] == n * 10 + r).all()) and bool((values["x"] == n).all()) and values["y"].tolist() == [n] * 3
+            and bool((rows[0] == n).all()) and rows[0].numel() == 100_001 and rows[1].shape == (100_001, 2) and bool((rows[1] == n).all())
+            for n, objects, values, rows in kept for r in range(2)
+        )  # fmt: skip
+
+    assert pair.run(body, timeout_s=60) == [True, True]
+
+
+def test_memory_that_was_shared_is_given_back(pair: wb.Cluster) -> None:
+    def shared_bytes() -> int:
+        import os
+
+        found = [os.stat(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _is_parcel(fd)]
+        return sum(512 * one.st_blocks for one in found)
+
+    def _is_parcel(fd: str) -> bool:
+        import contextlib
+        import os
+
+        with contextlib.suppress(OSError):
+            return "workbench-parcel" in os.readlink(f"/proc/self/fd/{fd}")
+        return False
+
+    def broadcast(size: int) -> int:
+        g = wb.current().group
+        return len(g.broadcast_object("x" * size if g.rank == 0 else None))
+
+    before = pair.run(shared_bytes)
+    assert pair.run(broadcast, 80_000_000, timeout_s=60) == [80_000_000] * 2
+    assert pair.run(shared_bytes)[0] >= before[0] + 80_000_000
+    pair.run(broadcast, 10)
+    assert pair.run(shared_bytes) == before

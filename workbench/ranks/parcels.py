@@ -27,7 +27,7 @@ from workbench.errors import GroupError
 
 __all__ = ["Inbox", "Outbox", "Parcel"]
 
-_KEPT_BYTES = 1 << 25  # more is given back as soon as it was used, and costs its pages anew the next time
+_KEPT_BYTES = (1 << 26) + (1 << 20)  # more is given back as soon as it was used, and costs its pages anew the next time
 _LEAST_BYTES = 1 << 18
 _LINGER_S = 60.0
 _PACKED = struct.Struct("<4q")
@@ -105,6 +105,11 @@ class Outbox:
             if place is not None and place.bytes.numel() > _KEPT_BYTES and not is_unread:
                 self._drop(number)
         self._is_fresh = False
+
+    def read(self) -> None:
+        """All have read what was put last."""
+        self._is_fresh = False
+        self.met()
 
     def _drop(self, number: int) -> None:
         place = self._places[number]

@@ -5,6 +5,7 @@
     payload                   --->  takes it whole, then compares with what its caller asked for
 
 The receiver always takes what was announced, so a call that does not fit raises there, and neither the sender nor the next message notices.
+A large object stays in memory that the ranks share: its announcement, signed, says where, and the receiver says when it has taken it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from workbench.errors import GroupError
 from workbench.ranks import announce, arguments, tensor_dict
 from workbench.ranks.announce import Announcement
 from workbench.ranks.members import Members
+from workbench.ranks.parcels import Outbox
 from workbench.ranks.sending import Sending
-from workbench.ranks.wire import bytes_of, dtype_name, dtype_of, from_bytes, seal, unseal
+from workbench.ranks.wire import bytes_of, dtype_name, dtype_of, from_bytes, seal, sign, unseal
 
 __all__ = ["PointToPoint"]
 
+_SHARED, _LARGE_BYTES = "object in shared memory", 1 << 18
+_TAKEN = 1  # tag of the word that such an object was taken
 _MOST_PENDING = 64  # messages on their way that nobody waits for; sending one more waits for the oldest
 
 
@@ -33,6 +37,7 @@ class PointToPoint(Members):
     """Sends and receives of a group; messages of one sender arrive in the order sent."""
 
     _pending: deque[Sending] | None = None
+    _leaving: Outbox | None = None
 
     def send(self, tensor: Tensor, dst: int | None = None) -> None:
         """Send a tensor to member `dst`, by default the next one; returns once it is taken."""
@@ -63,7 +68,14 @@ class PointToPoint(Members):
     def send_object(self, obj: Any, dst: int) -> None:
         """Send anything picklable to member `dst`; returns once it is taken."""
         dst = self._peer("dst", dst, 1)
-        self._send("object", [seal(obj)], dst)
+        sealed = seal(obj, signs=False)
+        if sealed.numel() < _LARGE_BYTES or not self._shares:
+            return self._send("object", [sign(sealed)], dst)
+        self._leaving = self._leaving or Outbox()
+        parcel = self._leaving.put([sealed])
+        self._send(_SHARED, [seal(parcel)], dst)
+        dist.recv(torch.empty(1, dtype=torch.uint8), src=self.ranks[dst], group=self.process_group, tag=_TAKEN)
+        self._leaving.read()
 
     def isend_object(self, obj: Any, dst: int) -> Sending:
         """`send_object` without waiting; the handle holds the bytes."""
@@ -77,7 +89,16 @@ class PointToPoint(Members):
             GroupError: something else than an object came; it is dropped.
         """
         src = self._peer("src", src, -1)
-        return unseal(self._payload(self._expect("object", src), src))
+        announced = self._expect("object", src)
+        if announced.text != _SHARED:
+            return unseal(self._payload(announced, src))
+        try:
+            return unseal(self._inbox.open(unseal(self._payload(announced, src))), checks=False)
+        finally:
+            self._say_taken(src)
+
+    def _say_taken(self, src: int) -> None:
+        dist.send(torch.ones(1, dtype=torch.uint8), dst=self.ranks[src], group=self.process_group, tag=_TAKEN)
 
     def send_tensor_dict(
         self,
@@ -211,6 +232,8 @@ class PointToPoint(Members):
         if kind == expected:
             return announced
         first = self._payload(announced, src)
+        if announced.text == _SHARED:
+            self._say_taken(src)
         if kind == "tensor_dict":
             for message in unseal(first).make_room().messages:
                 self._take(message.numel(), src)

@@ -22,7 +22,19 @@ from torch import Tensor
 
 from workbench.errors import GroupError
 
-__all__ = ["KEY_VARIABLE", "bytes_of", "check_dense", "dtype_name", "dtype_of", "from_bytes", "joined", "seal", "signing_with", "unseal"]
+__all__ = [
+    "KEY_VARIABLE",
+    "bytes_of",
+    "check_dense",
+    "dtype_name",
+    "dtype_of",
+    "from_bytes",
+    "joined",
+    "seal",
+    "sign",
+    "signing_with",
+    "unseal",
+]
 
 KEY_VARIABLE = "WORKBENCH_KEY"
 _DIGEST_BYTES = 32
@@ -93,9 +105,15 @@ def seal(obj: Any, *, signs: bool = True) -> Tensor:
         data = _written(pickle.dump, obj)
     except Exception:  # pickle raises whatever the object's own hooks raise
         data = _cloudpickled(obj)
-    if signs:
-        data[:_DIGEST_BYTES] = _digest(data[_DIGEST_BYTES:])
-    return torch.frombuffer(data, dtype=torch.uint8)
+    sealed = torch.frombuffer(data, dtype=torch.uint8)
+    return sign(sealed) if signs else sealed
+
+
+def sign(sealed: Tensor) -> Tensor:
+    """What `seal` gave without a signature, now with one."""
+    data = memoryview(sealed.numpy().data)
+    data[:_DIGEST_BYTES] = _digest(data[_DIGEST_BYTES:])
+    return sealed
 
 
 def unseal(sealed: Tensor, *, checks: bool = True) -> Any:
