@@ -157,6 +157,15 @@ def test_a_failed_cell_shows_its_text_in_place_of_the_drivers_stack(cluster):
     assert caught.value.rank == 2 and caught.value.world_size == 4 and "ZeroDivisionError" in caught.value.rank_traceback
 
 
+def test_the_failing_line_is_marked_among_its_neighbours(cluster):
+    with pytest.raises(wb.RankFailed) as caught:
+        cluster.execute("x = 1\n\ndef f(a):\n    return a / 0\n\nf(x)\nprint(x)", ranks=2)
+    told = caught.value.rank_traceback.splitlines()
+    assert [line for line in told if "---->" in line] == ["  ----> 6 f(x)", "  ----> 4     return a / 0"]
+    assert told[-4:-1] == ["                     ~~^~~", "        5", "        6 f(x)"]
+    assert told[-1] == "ZeroDivisionError: division by zero" and "workbench" not in str(caught.value)
+
+
 def test_a_handle_waits_tells_and_cancels(cluster):
     handle = cluster.execute("import time; time.sleep(600)", block=False)
     assert repr(handle) == f"<cell {handle.number}: running>" and not handle.done()

@@ -20,6 +20,7 @@ __all__ = ["file_of", "run_source", "tell"]
 
 _PACKAGE = __file__.rpartition("/ranks/")[0] + "/"
 _MOST_NAMES = 40
+_AROUND = 2  # lines before and behind the one that failed
 _LONGEST_NAME = 200  # characters of a repr in RankFailed.locals
 
 
@@ -50,11 +51,43 @@ def tell(error: BaseException) -> CellError:
     return CellError(
         kind=type(error).__name__,
         message=_message(error),
-        traceback="".join(traceback.format_exception(type(error), error, _users_part(error.__traceback__))).rstrip(),
+        traceback=_traceback(error),
         at_s=time.monotonic(),
         is_mismatch=isinstance(error, CollectiveMismatch),
         names=_names_where(error.__traceback__),
     )
+
+
+def _traceback(error: BaseException) -> str:
+    """Its stack and those of its causes; frames of a cell with the lines around the one that is marked."""
+    told = traceback.TracebackException(type(error), error, _users_part(error.__traceback__))
+    one: traceback.TracebackException | None = told
+    while one is not None:
+        one.stack = _Frames(one.stack)
+        one = one.__cause__ or one.__context__
+    return "".join(told.format()).rstrip()
+
+
+class _Frames(traceback.StackSummary):
+    """As Python's own, but that a cell's frame shows more than its line: a cell is not at hand as a file is."""
+
+    def format_frame_summary(self, frame: traceback.FrameSummary) -> str:
+        head, *rest = super().format_frame_summary(frame).splitlines(keepends=True)
+        lines = linecache.getlines(frame.filename)
+        at = frame.lineno or 0
+        is_cells = frame.filename.startswith("<cell ") and 0 < at <= len(lines)
+        if not is_cells or not rest or rest[0].strip() != lines[at - 1].strip():
+            return "".join([head, *rest])
+        indent = len(lines[at - 1]) - len(lines[at - 1].lstrip())
+        first, last = max(1, at - _AROUND), min(len(lines), at + _AROUND)
+        width = len(str(last))
+        shown = [_line(lines[n - 1], f"  {'---->' if n == at else '     '} {n:>{width}}") for n in range(first, last + 1)]
+        carets = [" " * (9 + width + indent) + line[4:] for line in rest[1:]]
+        return "".join([head, *shown[: at - first + 1], *carets, *shown[at - first + 1 :]])
+
+
+def _line(text: str, label: str) -> str:
+    return f"{label} {text}".rstrip() + "\n"
 
 
 def _message(error: BaseException) -> str:
