@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _ENDS_BYTES = 2**20
 def describe_environment() -> dict[str, Any]:
     """Versions of what computes, the machine, and the variables that steer it; variables that look like secrets are left out."""
     return {
-        "versions": {"workbench": workbench.__version__, "python": platform.python_version(), **_versions()},
+        "versions": {"workbench": workbench.__version__, "python": platform.python_version(), **dict(_versions())},
         "machine": {
             "system": platform.platform(),
             "num_cores": os.cpu_count(),
@@ -35,14 +36,16 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    """Once a process: reading them takes 50 ms, and every run keeps them."""
+    found = []
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            found.append((name, metadata.version(name)))
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return tuple(found)
 
 
 def _is_told(name: str) -> bool:

@@ -170,8 +170,8 @@ class _Recorder:
         engine.take_records()
         self.sampler = MemorySampler()
         self.sampler.watch(os.getpid(), "driver")
-        for status in cluster.status():
-            self.sampler.watch(status.pid, "rank", rank=status.rank)
+        for rank in range(cluster.world_size):
+            self.sampler.watch(cluster.pid(rank), "rank", rank=rank)
         for rank, pid in engine.ranks_and_pids():
             self.sampler.watch(pid, "engine", rank=rank)
         self.sampler.start()
