@@ -33,6 +33,7 @@ function render({ model, el }) {
   status.setAttribute("role", "status");
   const svg = svgNode("svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": "completion lengths" });
   el.classList.add("wb-lengths");
+  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
   el.replaceChildren(bar, svg, status);
 
   const x = (tokens) => LEFT + (tokens / top) * (W - LEFT - 12), y = (share) => 10 + (1 - share) * (H - BOTTOM - 10);

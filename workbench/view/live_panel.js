@@ -39,6 +39,7 @@ export default () => {
     },
     render({ model, el }) {
       el.classList.add("wb-time", "wb-live");
+      el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
       const head = node("p", { "data-head": "" }), engines = node("p", { "data-engines": "" }), hint = node("p", { "data-hint": "" });
       const told = node("pre", { role: "status", "data-told": "" }), under = node("p", { "data-cursor-text": "" });
       const buttons = Object.fromEntries(["interrupt", "diagnose", "respawn"].map((act) => [act, node("button", { type: "button", "data-act": act }, act)]));

@@ -45,6 +45,7 @@ export default () => {
     },
     render({ model, el }) {
       el.classList.add("wb-time", "wb-live-rollout");
+      el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
       const head = node("p", { role: "status", "data-head": "" }), under = node("p", { "data-cursor-text": "" });
       const histogram = bars(state);
       let chart, names = "", legendOfMemory = node("ul", {});

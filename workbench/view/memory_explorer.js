@@ -12,6 +12,7 @@ function sleepTable(sleeps) {
 function render({ model, el }) {
   const scene = model.get("scene");
   el.classList.add("wb-time", "wb-memory");
+  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
   if (!scene.times.length) { el.replaceChildren(node("p", { role: "status" }, "no memory samples to show")); return; }
   const step = node("select", { "aria-label": "part of the run" });
   step.append(new Option("the whole run", ""), ...scene.steps.map(([k]) => new Option(`step ${k}`, k)));

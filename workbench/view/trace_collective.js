@@ -70,6 +70,7 @@ function render({ model, el }) {
   const svg = svgNode("svg", { viewBox: `0 0 ${width} ${height}`, width, role: "img" });
   const messages = htmlNode("ul", { class: "wb-messages", "aria-label": "messages of this step" }), key = htmlNode("ul", { class: "wb-key" });
   el.classList.add("wb-collective");
+  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
   el.replaceChildren(htmlNode("p", {}, scene.finding), htmlNode("div", {}, back, " ", slider, " ", next, " ", count), title, svg, key, messages);
 
   function drawCells(number) {
