@@ -173,3 +173,54 @@ def test_exits_are_described_by_code_and_signal(code, told):
     status = subprocess.run([sys.executable, "-c", code]).returncode
     wait_status = -status if status < 0 else status << 8
     assert describe_exit(wait_status)[:2] == told
+
+
+def test_a_rank_that_dies_while_the_others_form_a_generation_is_told_at_once():
+    with wb.launch(4) as cluster:
+        cluster.use(wb.Layout(world_size=4, tp=2, dp=2))
+        cluster.execute("kept = rank")
+        cluster.kill(0)
+        os.kill(cluster.pid(2), signal.SIGSTOP)  # the new generation waits for it
+        threading.Timer(0.5, os.kill, (cluster.pid(2), signal.SIGKILL)).start()
+        started = time.monotonic()
+        with pytest.raises(wb.RankFailed) as caught:
+            cluster.respawn(0)
+        assert time.monotonic() - started < 5 and (caught.value.rank, caught.value.signal_name) == (2, "SIGKILL")
+        assert str(caught.value) == (
+            "rank 2 of 4 died while the ranks formed generation 1: SIGKILL (killed from outside: by the kernel when memory ran out, "
+            "or by a kill -9)\nit had written nothing\nthe other ranks keep their names, but have no process group until it is back\n"
+            "cluster.respawn(2) brings it back, cluster.restart() starts all afresh"
+        )
+        assert cluster.execute("kept, dist.is_initialized()", ranks="1,3")[3].result_text == "(3, False)"
+        cluster.respawn(2)
+        assert cluster.pull("kept", ranks="1,3") == [1, 3] and sums(cluster) == {"4.0"}
+        assert cluster.execute("groups['tp'].all_reduce(torch.ones(1)).item()")[0].result_text == "2.0"
+
+
+def test_a_rank_that_dies_while_a_stop_forms_a_generation_does_not_hold_the_cell():
+    with wb.launch(3, check_collectives=False) as cluster:
+        cluster.execute("kept = rank")
+        pids = [cluster.pid(r) for r in range(3)]
+        os.kill(pids[2], signal.SIGSTOP)
+        handle = cluster.execute("dist.barrier()", ranks="0-1", block=False)  # a deadlock, ended inside gloo: a generation must be formed
+        threading.Timer(1.5, os.kill, (pids[2], signal.SIGKILL)).start()
+        with pytest.raises(wb.RankDeadlock, match="rank 2 of 3 died while the ranks formed generation 1: SIGKILL"):
+            handle.result(timeout_s=10)
+        cluster.respawn(2)
+        assert [cluster.pid(r) for r in range(2)] == pids[:2] and cluster.pull("kept", ranks="0-1") == [0, 1] and sums(cluster) == {"3.0"}
+
+
+def test_ranks_that_make_a_group_without_a_peer_are_freed_and_keep_their_names():
+    with wb.launch(3, check_collectives=False) as cluster:  # with checks they wait on the board
+        cluster.execute("kept = rank")
+        pids = [cluster.pid(r) for r in range(3)]
+        for _ in range(2):
+            started = time.monotonic()
+            with pytest.raises(wb.RankTimeout):
+                cluster.execute("import time\ndist.new_group([0, 1, 2]) if rank else time.sleep(60)", timeout_s=0.3)
+            assert time.monotonic() - started < 4  # killed they would be after 5 s
+            assert [cluster.pid(r) for r in range(3)] == pids and cluster.pull("kept") == [0, 1, 2]
+            assert (
+                cluster.execute("g = dist.new_group([0, 1, 2]); t = torch.ones(1); dist.all_reduce(t, group=g); t.item()")[1].result_text
+                == "3.0"
+            )

@@ -416,12 +416,17 @@ class Cluster:
 
         Raises:
             ValueError: the rank lives.
+            RankFailed: another rank died meanwhile; call it for that one.
         """
         self._refuse_when_closed_or_busy()
-        if not self._processes.links[select_ranks(rank, self.world_size)[0]].is_dead:
+        lost = self._conductor.lost_ranks
+        if select_ranks(rank, self.world_size)[0] not in lost:
             raise ValueError(f"rank {rank} is alive (pid {self.pid(rank)}); cluster.kill({rank}) first, or cluster.restart() for all")
         self.history.event("respawn", rank)
-        self._renew({rank} | {link.rank for link in self._processes.links if link.is_dead})
+        for one in lost:
+            self._processes.links[one].signal(signal.SIGKILL)  # it may still be on its way into a generation that was abandoned
+        self._until(lambda: all(self._processes.links[one].is_dead for one in lost), "ranks to end")
+        self._renew(lost)
 
     def restart(self) -> None:
         """Fresh ranks in place of all: empty namespaces, the next generation."""
@@ -441,6 +446,8 @@ class Cluster:
         self._until(self._is_whole, "the ranks to form a group")
 
     def _is_whole(self) -> bool:
+        if self._conductor.formation_error is not None:
+            raise self._conductor.formation_error
         self._processes.raise_startup_error()
         return self._processes.are_ready() and not self._conductor.is_rebuilding
 

@@ -26,7 +26,21 @@ from workbench.ranks.channel import Packed
 from workbench.ranks.diagnosis import Scene, diagnose
 from workbench.ranks.handle import ActiveCell, StopReason
 from workbench.ranks.link import Link
-from workbench.ranks.messages import ANY_SOURCE, CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen
+from workbench.ranks.messages import (
+    ANY_SOURCE,
+    Abandon,
+    CellDone,
+    Free,
+    GroupFormed,
+    Look,
+    Mark,
+    Outcome,
+    Ready,
+    Rebuild,
+    Rebuilt,
+    RunCell,
+    Seen,
+)
 from workbench.ranks.outside import NativeLook, ProcessLook, look_at
 from workbench.ranks.servers import describe_exit
 from workbench.records import Diagnosis
@@ -65,6 +79,7 @@ class Conductor:
         self._ticket = 0
         self._rebuilding: set[int] | None = None
         self.rebuild_errors: dict[int, str] = {}
+        self.formation_error: RankError | None = None  # who died while the present generation was formed
         self._stop_stage: set[str] = set()
         self.on_ended: list[Callable[[ActiveCell], None]] = []  # told of each cell when all ranks have answered, before any is started anew
         self._next_check_s = 0.0
@@ -103,6 +118,11 @@ class Conductor:
         """Have all ranks but the fresh ones form a generation; they report Rebuilt, fresh ones Ready."""
 
         self._later(lambda: self._begin_generation(generation, fresh))
+
+    @property
+    def lost_ranks(self) -> set[int]:
+        """Those that are dead, or never came as far as a generation."""
+        return {link.rank for link in self.links if link.is_dead or not link.is_ready or link.rank in self.startup_errors}
 
     @property
     def is_rebuilding(self) -> bool:
@@ -198,10 +218,35 @@ class Conductor:
     def _begin_generation(self, generation: int, fresh: set[int]) -> None:
         self.generation = generation
         self.groups = {key: group for key, group in self.groups.items() if group.outlives_generations}
-        self.rebuild_errors = {}
+        self.rebuild_errors, self.formation_error = {}, None
         self._rebuilding = {link.rank for link in self.links if not link.is_dead and link.rank not in fresh}
         for rank in self._rebuilding:
             self._send(self.links[rank], Rebuild(generation=generation))
+        for link in self.links:
+            if link.is_dead and link.rank not in fresh:
+                self._abandon_generation(link)
+
+    @property
+    def _is_forming(self) -> bool:
+        """Whether ranks wait for each other to form a later generation than the first."""
+        return self._rebuilding is not None and (bool(self._rebuilding) or any(not link.is_ready for link in self.links))
+
+    def _abandon_generation(self, link: Link) -> None:
+        """A rank died that was to form the generation: let the others go, who would wait for it."""
+        code, name, how = link.describe_death()
+        self.formation_error = RankFailed(
+            f"rank {link.rank} of {len(self.links)} died while the ranks formed generation {self.generation}: {how}\n"
+            "the other ranks keep their names, but have no process group until it is back\n"
+            f"cluster.respawn({link.rank}) brings it back, cluster.restart() starts all afresh",
+            rank=link.rank,
+            world_size=len(self.links),
+            exit_code=code,
+            signal_name=name,
+        )
+        self._rebuilding = set()
+        for other in self.links:
+            if not other.is_dead:
+                self._send(other, Abandon(generation=self.generation))
 
     def _begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None) -> None:
         self._stop_stage, self._seen, self._natives = set(), {}, {}
@@ -267,11 +312,11 @@ class Conductor:
             if message.ticket == self._ticket:
                 self._seen[link.rank] = message
         elif isinstance(message, Rebuilt):
-            if message.error:
+            if message.error and self.formation_error is None:
                 self.rebuild_errors[link.rank] = message.error
             if self._rebuilding is not None:
                 self._rebuilding.discard(link.rank)
-        elif isinstance(message, Ready):
+        elif isinstance(message, Ready) and link is self.links[link.rank]:
             link.is_ready = True
             if message.error:
                 self.startup_errors[link.rank] = message.error
@@ -305,8 +350,8 @@ class Conductor:
             cell.died_s[link.rank] = time.monotonic()
             if cell.stop_reason is None:
                 self._stop(cell, "failure")
-        if self._rebuilding is not None:
-            self._rebuilding.discard(link.rank)
+        if link is self.links[link.rank] and self._is_forming and self.formation_error is None:
+            self._abandon_generation(link)
         with self.changed:
             self.changed.notify_all()
 
@@ -465,7 +510,9 @@ class Conductor:
         cell.notes += [
             f"rank {rank} could not be started again: {self.startup_errors[rank]}" for rank in cell.killed & set(self.startup_errors)
         ]
-        if "rebuild" in stages:
+        if self.formation_error is not None and "rebuild" in stages:
+            cell.notes.append(str(self.formation_error))
+        elif "rebuild" in stages:
             cell.notes.append(
                 f"the stop closed gloo connections: the ranks now form generation {self.generation}; "
                 "groups, DDP models and in-rank engines of your own from before it must be made again"

@@ -18,7 +18,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -79,6 +81,13 @@ def _storages(tensors: Any) -> frozenset[int]:
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors_in(tensors))
 
 
+def _destroy(made: Future[Any]) -> None:
+    """A group that came to be after nobody wanted it any more."""
+    if made.exception() is None and isinstance(made.result(), tuple):
+        with suppress(Exception):
+            dist.destroy_process_group(made.result()[0])
+
+
 class Interceptor:
     """Puts itself between torch and gloo in this process; one a process, for good."""
 
@@ -90,6 +99,8 @@ class Interceptor:
         self.is_interrupt_pending = False
         self.is_busy = False  # the main thread is in a collective: a signal must wait
         self.was_shut = False  # gloo connections of this generation were shut
+        self.has_left_one = False  # a thread still waits in the making of a group
+        self._abandoned = -1  # the generation that will never come to be
         self.hooks: list[Hook] = []
         self.announce = announce
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
@@ -142,6 +153,16 @@ class Interceptor:
         mine = [g for g in list(self._groups.values()) if g.generation == self.generation]
         return sockets.shut(connection for group in mine for connection in group.connections)
 
+    def abandon(self, generation: int) -> None:
+        """Whoever forms this generation, now or later, is let go."""
+        self._abandoned = generation
+        if generation == self.generation:
+            self.shut()
+
+    @property
+    def is_abandoned(self) -> bool:
+        return self._abandoned >= self.generation
+
     def begin_generation(self, generation: int) -> None:
         self.generation = generation
         self.was_shut = False
@@ -152,7 +173,7 @@ class Interceptor:
     @property
     def is_stopped(self) -> bool:
         """The driver wants the cell to end."""
-        return self.is_interrupt_pending or self.board.is_stopped(self.rank)
+        return self.is_interrupt_pending or self.is_abandoned or self.board.is_stopped(self.rank)
 
     # -- groups -------------------------------------------------------------------------------------------------------------------------
 
@@ -161,16 +182,40 @@ class Interceptor:
         def helper(
             group_size: int, group_rank: int, ranks: Sequence[int], backend: Any, store: Any, name: str, *args: Any, **kw: Any
         ) -> Any:
-            if not self._internal:
-                self._gather_to_make(ranks, name)
-            before = sockets.connections()
-            made = make(group_size, group_rank, ranks, backend, store, name, *args, **kw)
-            process_group = made[0] if isinstance(made, tuple) else made
-            if isinstance(process_group, dist.ProcessGroup) and not self._internal:
-                self._learn(process_group, tuple(ranks), kw.get("group_desc"), sockets.connections() - before)
+            if self._internal:
+                return make(group_size, group_rank, ranks, backend, store, name, *args, **kw)
+            self._gather_to_make(ranks, name)
+            with self._busy():  # a signal waits: all others would have the group, and this rank not
+                before = sockets.connections()
+                made = self._make_aside(lambda: make(group_size, group_rank, ranks, backend, store, name, *args, **kw))
+                process_group = made[0] if isinstance(made, tuple) else made
+                if isinstance(process_group, dist.ProcessGroup):
+                    self._learn(process_group, tuple(ranks), kw.get("group_desc"), sockets.connections() - before)
             return made
 
         return helper
+
+    def _make_aside(self, make: Callable[[], Any]) -> Any:
+        """Make a group in a thread, which can be left: gloo waits for a rank that died meanwhile until its own limit, and cannot be woken.
+
+        Raises:
+            Freed: the last step of a stop came, or the generation was abandoned; a new generation follows.
+        """
+        made: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                made.set_result(make())
+            except BaseException as error:
+                made.set_exception(error)
+
+        threading.Thread(target=run, name="workbench-forming", daemon=True).start()
+        while not wait_for([made], timeout=0.05).done:
+            if self.was_shut or self.is_abandoned:
+                self.has_left_one = True
+                made.add_done_callback(_destroy)
+                raise Freed("freed while a group was made: the cell was stopped")
+        return made.result()
 
     def _learn(self, process_group: Any, ranks: tuple[int, ...], description: str | None, new: frozenset[sockets.Connection]) -> None:
         ranks = ranks or tuple(range(process_group.size()))

@@ -1,6 +1,6 @@
 """What driver and rank say to each other, as typed records.
 
-driver -> rank   RunCell  Free  Look  Rebuild
+driver -> rank   RunCell  Free  Look  Rebuild  Abandon
 rank -> driver   Ready  GroupFormed  CellDone  Seen  Rebuilt  Mark
 """
 
@@ -13,6 +13,7 @@ from workbench.ranks.digest import Digest
 
 __all__ = [
     "ANY_SOURCE",
+    "Abandon",
     "CellDone",
     "CellError",
     "Free",
@@ -126,6 +127,13 @@ class Seen:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuild:
     """Leave the process group and form the next generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandon:
+    """Stop forming this generation: a rank that belongs to it has died."""
 
     generation: int
 

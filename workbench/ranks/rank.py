@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 
 from workbench.plan.layout import Layout
 from workbench.ranks import cell as cells
-from workbench.ranks import forming
+from workbench.ranks import forming, sockets
 from workbench.ranks.board import Board
 from workbench.ranks.calls import KnownGroup
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
@@ -41,7 +42,7 @@ from workbench.ranks.current import Current, set_current
 from workbench.ranks.digest import Digest, digest_of
 from workbench.ranks.group import Group
 from workbench.ranks.intercept import Freed, Interceptor
-from workbench.ranks.messages import CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
+from workbench.ranks.messages import Abandon, CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
 from workbench.ranks.recording import FailureTape, writer_for
 from workbench.ranks.shown import open_figures, show_value, text_of
 from workbench.ranks.stateless_gloo import register_again
@@ -65,6 +66,7 @@ class Rank:
         self._missed_signal = False  # one came while nothing ran
         self._waiting: SimpleQueue[tuple[Any, Packed | None]] = SimpleQueue()
         self._store: dist.TCPStore | None = None
+        self._store_connections: frozenset[sockets.Connection] = frozenset()
         self._digest = Digest()  # of the result of the cell that runs
         self.failures = FailureTape(config.tape_folder, config.rank) if config.tape_folder else None
         self.interceptor = Interceptor(rank=config.rank, board=board, is_checked=config.is_checked, announce=self._announce)
@@ -100,10 +102,17 @@ class Rank:
     def _join(self, generation: int) -> None:
         c = self.config
         limit = timedelta(seconds=c.timeout_s)
+        if self.interceptor.has_left_one:  # a thread that was left holds the store: let it go, and take another
+            sockets.shut(self._store_connections)
+            self._store, self.interceptor.has_left_one = None, False
         if self._store is None:
+            before = sockets.connections()
             self._store = dist.TCPStore("127.0.0.1", c.store_port, is_master=False, wait_for_workers=False, timeout=limit)
+            self._store_connections = sockets.connections() - before
         store = dist.PrefixStore(f"{c.store_prefix}/{generation}", self._store)
         dist.init_process_group("gloo", store=store, rank=c.rank, world_size=c.world_size, timeout=limit)
+        if self.interceptor.is_abandoned:  # between the making of the group and its being known, when nobody could shut it
+            raise Freed(f"generation {generation} was abandoned")
         dist.barrier()  # ready means that a collective has worked
 
     def _fill_namespace(self) -> None:
@@ -132,6 +141,8 @@ class Rank:
             for message, value in receive(self.reader):
                 if isinstance(message, Free):
                     self.interceptor.shut()
+                elif isinstance(message, Abandon):
+                    self.interceptor.abandon(message.generation)
                 elif isinstance(message, Look):
                     self.writer.send(self._look(message))
                 else:
@@ -257,14 +268,16 @@ class Rank:
         error = ""
         try:
             self.interceptor.shut()  # gloo's destructor would wait for calls that can no longer end
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            c10d._world.group_count = 0  # not so after a generation that was abandoned; all ranks must name groups alike
             register_again()
             self.interceptor.begin_generation(generation)
             self._join(generation)
             self.here.generation = generation
             self.here.group.rebind(_world())
             self._follow()
-        except Exception:
+        except (Exception, Freed):
             error = traceback.format_exc()
         self.writer.send(Rebuilt(generation=generation, error=error))
 
