@@ -230,4 +230,4 @@ def test_memory_that_was_shared_is_given_back(pair: wb.Cluster) -> None:
     assert pair.run(broadcast, 80_000_000, timeout_s=60) == [80_000_000] * 2
     assert pair.run(shared_bytes)[0] >= before[0] + 80_000_000
     pair.run(broadcast, 10)
-    assert pair.run(shared_bytes) == before
+    assert all(after <= held for after, held in zip(pair.run(shared_bytes), before, strict=True))

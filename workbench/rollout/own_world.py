@@ -53,10 +53,13 @@ class OwnWorld:
     Args:
         process_group: a torch ProcessGroup of the ranks' world; None makes a world of one.
         backend: "gloo", or "cpu:gloo,cuda:nccl".
+
+    Attributes:
+        folder: a private one on rank 0 of several, for sockets and the like; removed by `close`.
     """
 
     def __init__(self, process_group: Any = None, *, backend: str = "gloo") -> None:
-        self._folder: str | None = None
+        self.folder: str | None = None
         self.rank: int = 0 if process_group is None else process_group.rank()
         self.size: int = 1 if process_group is None else process_group.size()
         self.seed, path = self._agree(process_group)
@@ -70,8 +73,8 @@ class OwnWorld:
     def _agree(self, process_group: Any) -> tuple[int, str | None]:
         said: list[Any] = [(1 + secrets.randbits(48), None)]
         if self.rank == 0 and self.size > 1:
-            self._folder = tempfile.mkdtemp(prefix="workbench-world-")  # 0700; only its own user can meet here
-            said = [(said[0][0], os.path.join(self._folder, "store"))]
+            self.folder = tempfile.mkdtemp(prefix="workbench-world-")  # 0700; only its own user can meet here
+            said = [(said[0][0], os.path.join(self.folder, "store"))]
         if self.size > 1:
             dist.broadcast_object_list(said, src=dist.get_global_rank(process_group, 0), group=process_group)
         seed, path = said[0]
@@ -100,8 +103,8 @@ class OwnWorld:
             with suppress(Exception):  # those destroyed above are forgotten already
                 _unregister_process_group(group.group_name)
         self._state = _State(0)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _unwatched() -> AbstractContextManager[None]:

@@ -410,6 +410,7 @@ def _environment(world: OwnWorld) -> dict[str, str | None]:
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": None,
         "MASTER_PORT": None,
+        **({} if world.folder is None else {"VLLM_RPC_BASE_PATH": world.folder}),  # vLLM leaves its sockets' files behind
         **{name: str(number) for name, number in numbers.items()},
     }
 
