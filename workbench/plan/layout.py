@@ -24,6 +24,7 @@ __all__ = ["Layout"]
 
 _VLLM_AXES = ("external_dp", "dp", "pp", "pcp", "tp")
 _MAX_ROWS = 64
+_ALWAYS_SHOWN = ("world_size", "size", "sp", "etp")  # also at 1: the call needs them, or means something else without them
 
 
 class Layout:
@@ -268,8 +269,8 @@ def _restore(world_size: int, axes: dict[str, Axis], mesh: Ranks | None, mesh_ax
 
 
 def _titled(name: str, **sizes: Any) -> str:
-    """The call as written, without what is at 1 or None: "Layout(world_size=8, tp=2)"."""
-    shown = [f"{key}={value!r}" for key, value in sizes.items() if key == "world_size" or value not in (1, None)]
+    """The call as written, without degrees of 1: "Layout(world_size=8, tp=2)"."""
+    shown = [f"{key}={value!r}" for key, value in sizes.items() if value is not None and (value != 1 or key in _ALWAYS_SHOWN)]
     return f"{name}({', '.join(shown)})"
 
 

@@ -1,13 +1,15 @@
-"""A layout to click through: a rank's groups on every axis, its coordinates in words.
+"""A layout to try out: sliders for its sizes, a grid of ranks to click through, its groups on every axis, the code that makes it.
 
-All that moves is in the page (`layout_explorer.js`); the kernel gives the numbers once, and hears of the chosen rank and axis.
+All that moves is in the page (`layout_explorer.js` over the arithmetic of `layout_plan.js`); the kernel hears what was chosen, and acts
+only when the layout is handed to the cluster.
 """
 
 from __future__ import annotations
 
+import os
 from base64 import b64encode
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import traitlets
 from anywidget import AnyWidget
@@ -15,9 +17,10 @@ from matplotlib.figure import Figure
 
 from workbench.errors import LayoutError
 from workbench.plan.layout import Layout
-from workbench.view.layout import check_axis, plot_layout
-from workbench.view.rank_grid import rank_grid
-from workbench.view.style import alt_text, figure_png
+from workbench.plan.partition import PARTITION_VARIABLE
+from workbench.view.layout import NUM_COLORS, check_axis, plot_layout
+from workbench.view.layout_spec import LayoutSpec, code_of, layout_of, spec_of
+from workbench.view.style import alt_text, figure_png, rank_color
 
 __all__ = ["LayoutExplorer", "layout_explorer"]
 
@@ -27,6 +30,8 @@ HERE = Path(__file__).parent
 class UsesLayouts(Protocol):
     """What a cluster is to this widget."""
 
+    world_size: int
+
     def use(self, layout: Layout) -> None: ...
 
 
@@ -34,28 +39,63 @@ class LayoutExplorer(AnyWidget):  # type: ignore[misc]  # anywidget has no types
     """The widget; make it with `layout_explorer`.
 
     Attributes:
-        layout_shown: the layout.
+        spec: what the layout is made from, as the page has it; `layout_shown` is the layout itself.
         rank: the chosen rank.
-        color_by: axis whose group of that rank is filled.
-        scene: the numbers that the page draws from.
+        color_by: axis whose groups give the colours.
+        num_layers: of the model whose layers the pipeline stages share; `partition` is "7,8,8,7", or "" for vLLM's rule.
+        num_cluster_ranks: world size of the cluster that can be handed the layout, 0 without one.
     """
 
-    _esm = HERE / "layout_explorer.js"
+    _esm = (HERE / "layout_plan.js").read_text() + (HERE / "layout_explorer.js").read_text()
     _css = HERE / "layout_explorer.css"
-    scene = traitlets.Dict().tag(sync=True)
+    spec = traitlets.Dict().tag(sync=True)
     rank = traitlets.Int(0).tag(sync=True)
     color_by = traitlets.Unicode().tag(sync=True)
+    num_layers = traitlets.Int(32, min=1).tag(sync=True)
+    partition = traitlets.Unicode().tag(sync=True)
+    num_cluster_ranks = traitlets.Int(0).tag(sync=True)
+    palette: traitlets.List[str] = traitlets.List().tag(sync=True)
 
-    def __init__(self, layout: Layout, cluster: UsesLayouts | None = None, **traits: Any) -> None:
-        self.layout_shown, self._cluster = layout, cluster
-        super().__init__(scene=scene_of(layout, can_use=cluster is not None), **traits)
+    def __init__(self, layout: Layout, cluster: UsesLayouts | None = None, *, color_by: str = "", num_layers: int = 32) -> None:
+        self._cluster = cluster
+        super().__init__(
+            spec=dict(spec_of(layout)),
+            color_by=color_by or _first_axis(layout),
+            num_layers=num_layers,
+            partition=os.environ.get(PARTITION_VARIABLE, ""),
+            num_cluster_ranks=0 if cluster is None else cluster.world_size,
+            palette=[rank_color(index) for index in range(NUM_COLORS)],
+        )
         self.on_msg(self._on_message)
+
+    @property
+    def layout_shown(self) -> Layout:
+        """The layout as the page shows it."""
+        return layout_of(cast(LayoutSpec, self.spec))
+
+    @property
+    def code(self) -> str:
+        """The line that makes the layout again."""
+        return code_of(self.layout_shown)
+
+    def show(self, layout: Layout) -> None:
+        """Show another layout."""
+        with self.hold_trait_notifications():
+            self.spec = dict(spec_of(layout))
+            self.rank = min(self.rank, layout.world_size - 1)
+            if self.color_by not in layout.axes:
+                self.color_by = _first_axis(layout)
+
+    @traitlets.validate("spec")
+    def _check_spec(self, proposal: Any) -> Any:
+        layout_of(proposal["value"])
+        return proposal["value"]
 
     @traitlets.validate("rank")
     def _check_rank(self, proposal: Any) -> int:
-        rank = int(proposal["value"])
-        if not 0 <= rank < self.layout_shown.world_size:
-            raise LayoutError(f"{self.layout_shown}: rank {rank} is outside the world\nranks are 0..{self.layout_shown.world_size - 1}")
+        rank, layout = int(proposal["value"]), self.layout_shown
+        if not 0 <= rank < layout.world_size:
+            raise LayoutError(f"{layout}: rank {rank} is outside the world\nranks are 0..{layout.world_size - 1}")
         return rank
 
     @traitlets.validate("color_by")
@@ -67,7 +107,7 @@ class LayoutExplorer(AnyWidget):  # type: ignore[misc]  # anywidget has no types
         """Hand the layout to the cluster, as the button does.
 
         Raises:
-            ValueError: the explorer was made without a cluster.
+            ValueError: the explorer was made without a cluster, or the cluster refuses.
         """
         if self._cluster is None:
             raise ValueError("layout_explorer(layout) knows no cluster\ngive it one: layout_explorer(layout, cluster)")
@@ -83,46 +123,28 @@ class LayoutExplorer(AnyWidget):  # type: ignore[misc]  # anywidget has no types
             told = f"the cluster refused: {error}"
         self.send({"told": told})
 
-    def _face(self) -> dict[str, Any]:
-        ax = plot_layout(self.layout_shown, color_by=self.color_by)
-        assert isinstance(ax.figure, Figure)
-        return {"image/png": b64encode(figure_png(ax.figure)).decode("ascii"), "text/plain": alt_text(ax)}
-
     def _repr_mimebundle_(self, **options: Any) -> Any:
         bundle = super()._repr_mimebundle_(**options)
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        return {**data, **self._face()}, metadata
+        ax = plot_layout(self.layout_shown, color_by=self.color_by)
+        assert isinstance(ax.figure, Figure)
+        return {**data, "image/png": b64encode(figure_png(ax.figure)).decode("ascii"), "text/plain": alt_text(ax)}, metadata
 
 
-def layout_explorer(layout: Layout, cluster: UsesLayouts | None = None, *, color_by: str = "") -> LayoutExplorer:
-    """A grid of ranks: click one, type its number or walk with the arrow keys, and its groups light up on every axis.
+def layout_explorer(layout: Layout, cluster: UsesLayouts | None = None, *, color_by: str = "", num_layers: int = 32) -> LayoutExplorer:
+    """A layout to try out by mouse and keyboard: its sizes and order, each rank's groups on every axis, the layers of its stages.
 
     Args:
+        layout: what is shown at first, up to 1,024 ranks.
         cluster: gets the layout when "Use this layout" is pressed; None shows no such button.
-        color_by: axis that is filled at first, by default tp or the first that there is.
+        color_by: axis whose groups give the colours at first, by default tp or the first that there is.
+        num_layers: of the model that the pipeline stages share.
 
     Raises:
-        LayoutError: the layout has no such axis.
+        LayoutError: the layout has no such axis, or is too large.
     """
-    return LayoutExplorer(layout, cluster, color_by=color_by or ("tp" if "tp" in layout.axes else layout.axes[0]))
+    return LayoutExplorer(layout, cluster, color_by=color_by, num_layers=num_layers)
 
 
-def scene_of(layout: Layout, *, can_use: bool = False) -> dict[str, Any]:
-    """What the page draws from: cells, the groups of each axis, and each rank in words, as plain JSON values."""
-    grid = rank_grid(layout)
-    return {
-        "title": repr(layout),
-        "x": grid.x.tolist(),
-        "y": grid.y.tolist(),
-        "width": grid.width,
-        "height": grid.height,
-        "groups": {axis: [list(group) for group in layout.groups(axis)] for axis in layout.axes},
-        "words": [_in_words(layout, rank) for rank in range(layout.world_size)],
-        "can_use": can_use,
-    }
-
-
-def _in_words(layout: Layout, rank: int) -> str:
-    """ "rank 5 = pp 1, tp 1": its coordinates on the axes that have more than one place."""
-    coords = [f"{axis} {index}" for axis, index in layout.coords(rank).items() if layout.degree(axis) > 1]
-    return f"rank {rank}" + (f" = {', '.join(coords)}" if coords else ", the only one")
+def _first_axis(layout: Layout) -> str:
+    return "tp" if "tp" in layout.axes else layout.axes[0]
