@@ -43,6 +43,7 @@ def test_what_needs_a_terminal_points_to_replay(cluster, call):
         cluster.execute(call, ranks=1)
     told = str(caught.value)
     assert f"{call.partition('(')[0]}() was called on rank 1, which has no terminal" in told and "wb.replay(dir, rank=1)" in told
+    assert "from a terminal, while it is idle or runs: workbench attach 1" in told
 
 
 def test_a_diagnosis_has_a_table_and_escapes_source(cluster):

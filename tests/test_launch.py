@@ -160,11 +160,12 @@ def test_closing_while_a_cell_runs_tells_who_waits_for_it():
 
 def test_a_fork_of_the_driver_takes_nothing_with_it():
     code = (
-        "import os, workbench as wb\nwith wb.launch(2) as cluster:\n    pid = os.fork()\n    if pid == 0: raise SystemExit\n"
-        "    os.waitpid(pid, 0)\n    print(cluster.run(lambda: 1))"
+        "import os, workbench as wb\nfrom workbench.cli import main\nwith wb.launch(2) as cluster:\n    pid = os.fork()\n"
+        "    if pid == 0: raise SystemExit\n    os.waitpid(pid, 0)\n    print(cluster.run(lambda: 1), flush=True)\n"
+        "    main(['attach', '1', '--pid', str(os.getpid()), '-c', 'rank + 1'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "[1, 1]\n", done.stderr
+    assert done.stdout == "[1, 1]\n2\n", done.stderr
 
 
 def test_importing_does_not_start_anything():

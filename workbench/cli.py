@@ -32,6 +32,7 @@ COMMANDS = {
     "bench": Command(home="workbench.cli:bench", does="speed and memory, beside what people use today"),
     "doctor": Command(home="workbench.ranks.doctor:main", does="what was left behind, and whether this machine will do"),
     "replay": Command(home="workbench.ranks.replay:main", does="one recorded rank again, alone; also as a test"),
+    "attach": Command(home="workbench.ranks.attach:main", does="ask a live rank from a shell"),
     "reproduce": Command(home="workbench.ranks.reproduce:main", does="a saved session again, and what differs"),
     "train-tiny": Command(home="workbench.models.recipe:main", does="train the bundled model again"),
     "model-card": Command(home="workbench.models.card:main", does="what the bundled model does, measured"),

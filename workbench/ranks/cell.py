@@ -11,12 +11,12 @@ import reprlib
 import sys
 import time
 import traceback
-from types import ModuleType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 
 from workbench.errors import CollectiveMismatch
 from workbench.ranks.messages import CellError
 
-__all__ = ["file_of", "run_source", "tell"]
+__all__ = ["file_of", "frames_of", "names_of", "run_source", "tell"]
 
 _PACKAGE = __file__.rpartition("/ranks/")[0] + "/"
 _MOST_NAMES = 40
@@ -106,10 +106,25 @@ def _names_where(found: TracebackType | None) -> dict[str, str]:
         if not name.startswith((_PACKAGE, sys.prefix, sys.base_prefix)):
             mine = step.tb_frame
         step = step.tb_next
-    if mine is None:
-        return {}
-    shown = {name: value for name, value in mine.f_locals.items() if not name.startswith("__") and not isinstance(value, ModuleType)}
+    return names_of(mine) if mine is not None else {}
+
+
+def names_of(frame: FrameType) -> dict[str, str]:
+    """Names of a frame as short reprs, the last 40, without modules."""
+    shown = {name: value for name, value in frame.f_locals.items() if not name.startswith("__") and not isinstance(value, ModuleType)}
     return {name: _short_repr(value) for name, value in list(shown.items())[-_MOST_NAMES:]}
+
+
+def frames_of(innermost: FrameType | None) -> tuple[tuple[str, dict[str, str]], ...]:
+    """(place, names) of the user's own frames of a stack, outermost first."""
+    found = []
+    frame = innermost
+    while frame is not None:
+        code = frame.f_code
+        if not code.co_filename.startswith((_PACKAGE, sys.prefix, sys.base_prefix, "<frozen", "<string>")):
+            found.append((f"{code.co_filename}, line {frame.f_lineno}, in {code.co_name}", names_of(frame)))
+        frame = frame.f_back
+    return tuple(found[::-1])
 
 
 def _short_repr(value: object) -> str:

@@ -24,12 +24,13 @@ from workbench.errors import ClusterBusy, ClusterClosed, LaunchError, RankFailed
 from workbench.plan.layout import Layout
 from workbench.plan.selector import Selector, select_ranks
 from workbench.ranks.channel import Packed, pack
+from workbench.ranks.door import Door
 from workbench.ranks.failures import FailureKeeper
 from workbench.ranks.faults import Fault, arm, check_faults, disarm
 from workbench.ranks.handle import ActiveCell, CellHandle
 from workbench.ranks.history import History
 from workbench.ranks.ledger import ledger_frame, write_perfetto
-from workbench.ranks.messages import RunCell, Task
+from workbench.ranks.messages import RunCell, Seen, Task
 from workbench.ranks.observer import Observed, Observer, rank_status, read_memory
 from workbench.ranks.processes import Processes
 from workbench.ranks.stragglers import Stragglers, find_stragglers
@@ -69,6 +70,7 @@ class Cluster:
         self.history = History()
         self.report: Reproduction | None = None
         self._conductor.on_ended.append(self.history.ended)
+        self._owned.append(Door(processes.folder, self).close)
         self._finalizer = weakref.finalize(self, _close, processes, self._owned)
 
     # -- what it is ---------------------------------------------------------------------------------------------------------------------
@@ -398,6 +400,10 @@ class Cluster:
             self._refuse_when_closed_or_busy()
         return self._conductor.diagnose(native=native)
 
+    def look(self, rank: int) -> Seen | None:
+        """Where a rank is and what its frames hold, while a cell runs; None where it does not answer."""
+        return self._conductor.look(select_ranks(rank, self.world_size)[0])
+
     def interrupt(self) -> None:
         """Stop the cell that runs: every rank is free within a second, names kept. Called again, stuck ranks are killed."""
         cell = self._conductor.active
@@ -539,6 +545,8 @@ def _pack(value: Any, label: str) -> Packed:
 
 
 def _close(processes: Processes, owned: list[Callable[[], None]]) -> None:
+    if processes.owner_pid != os.getpid():  # a fork of the driver that ends takes nothing with it
+        return
     for close in reversed(owned):
         with contextlib.suppress(Exception):
             close()

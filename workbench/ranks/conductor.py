@@ -12,6 +12,7 @@ Knows links, the board and one active cell. Does not know notebooks, layouts or 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import selectors
 import signal
@@ -76,6 +77,8 @@ class Conductor:
         self._start = start
         self._on_mark = on_mark
         self._seen: dict[int, Seen] = {}
+        self._looked: dict[int, Seen] = {}  # by ticket, below 0: what one rank was asked beside any stop
+        self._tickets = itertools.count(-1, -1)
         self._ticket = 0
         self._rebuilding: set[int] | None = None
         self.rebuild_errors: dict[int, str] = {}
@@ -149,6 +152,16 @@ class Conductor:
         for look in list(self._natives.values()):
             look.wait()
         return self._diagnosis(cell, is_told=True)
+
+    def look(self, rank: int, limit_s: float = 2.0) -> Seen | None:
+        """Ask one rank where it is and what its frames hold; None where it does not answer."""
+        ticket = next(self._tickets)
+        self._later(lambda: self._send(self.links[rank], Look(ticket=ticket, with_names=True)))
+        limit = time.monotonic() + limit_s
+        with self.changed:
+            while ticket not in self._looked and time.monotonic() < limit:
+                self.changed.wait(0.02)
+        return self._looked.pop(ticket, None)
 
     def abandon(self) -> None:
         """The cluster is being closed: whoever waits for a cell is told so."""
@@ -311,6 +324,8 @@ class Conductor:
         elif isinstance(message, Seen):
             if message.ticket == self._ticket:
                 self._seen[link.rank] = message
+            elif message.ticket < 0:
+                self._looked[message.ticket] = message
         elif isinstance(message, Rebuilt):
             if message.error and self.formation_error is None:
                 self.rebuild_errors[link.rank] = message.error

@@ -45,7 +45,7 @@ def launch(
     """
     _check(world_size, seed, collective_timeout_s, start_method)
     if record not in (None, "failures"):
-        raise ValueError(f"record is {record!r}; it must be \"failures\" or None; cluster.record(dir) records what runs in its block")
+        raise ValueError(f'record is {record!r}; it must be "failures" or None; cluster.record(dir) records what runs in its block')
     _replace_the_old_one()
     options = LaunchOptions(
         world_size=world_size,

@@ -104,9 +104,10 @@ class Free:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """Say what the main thread does; answered also while it computes or waits."""
+    """Say what the main thread does, `with_names` also what its frames hold; answered also while it computes or waits."""
 
     ticket: int
+    with_names: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +116,7 @@ class Seen:
 
     Attributes:
         num_threads: other Python threads of the user's; they may call collectives too.
+        frames: (place, names as short reprs) of the user's own frames, outermost first, where they were asked for.
     """
 
     ticket: int
@@ -122,6 +124,7 @@ class Seen:
     source: str
     stack: str
     num_threads: int = 0
+    frames: tuple[tuple[str, dict[str, str]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,7 @@ class Processes:
         if options.records_failures:
             self.tape_folder.mkdir(mode=0o700)
         self.layout: Layout | None = None  # in use since `cluster.use`; fresh ranks form its groups too
-        self._owner = os.getpid()
+        self.owner_pid = os.getpid()
         self._key = secrets.token_hex(32)
         self._is_closed = False
         _allow_descriptors(options.world_size * _DESCRIPTORS_PER_RANK + 256)
@@ -165,7 +165,7 @@ class Processes:
 
     def close(self) -> None:
         """End every rank: close its channel, and kill what has not ended by then."""
-        if self._is_closed or os.getpid() != self._owner:  # a fork of the driver that ends takes nothing with it
+        if self._is_closed or os.getpid() != self.owner_pid:  # a fork of the driver that ends takes nothing with it
             return
         self._is_closed = True
         self.conductor.abandon()

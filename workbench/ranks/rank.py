@@ -164,6 +164,7 @@ class Rank:
             source=(place.line or "") if place else "",
             stack="".join(traceback.format_list(stack)) if self.is_running else "",
             num_threads=sum(not _is_housekeeping(thread) for thread in threading.enumerate()),
+            frames=cells.frames_of(frame) if message.with_names and self.is_running else (),
         )
 
     # -- main thread --------------------------------------------------------------------------------------------------------------------
@@ -312,7 +313,8 @@ def _refuse_to_ask(rank: int) -> None:
             raise RuntimeError(
                 f"{what} was called on rank {rank}, which has no terminal\n"
                 "to debug it: with cluster.record(dir): run the cell; then wb.replay(dir, "
-                f"rank={rank}) runs this rank alone in the notebook's own process, where {what} works"
+                f"rank={rank}) runs this rank alone in the notebook's own process, where {what} works\n"
+                f"to ask it from a terminal, while it is idle or runs: workbench attach {rank}"
             )
 
         return call
