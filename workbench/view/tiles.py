@@ -27,7 +27,7 @@ COLUMNS, MANY_COLUMNS = 4, 32
 def tiles_height(snapshot: ClusterSnapshot) -> float:
     """Height of the figure's part, inches."""
     num_ranks, title = len(snapshot.ranks), 0.8 if snapshot.diagnosis else 0.4
-    return title + (0.46 * ceil(num_ranks / COLUMNS) if num_ranks <= MAX_IN_WORDS else 0.2 * ceil(num_ranks / MANY_COLUMNS))
+    return title + (0.5 * ceil(num_ranks / COLUMNS) if num_ranks <= MAX_IN_WORDS else 0.2 * ceil(num_ranks / MANY_COLUMNS))
 
 
 def plot_tiles(snapshot: ClusterSnapshot, ax: Axes | None = None) -> Axes:
@@ -43,7 +43,7 @@ def plot_tiles(snapshot: ClusterSnapshot, ax: Axes | None = None) -> Axes:
                 Rectangle((column + 0.03, row + 0.06), 0.94, 0.88, facecolor="none", edgecolor=color, linestyle=line, linewidth=1.6)
             )
             text = "\n".join(_words(status)) if in_words else f"{status.rank}{letter}"
-            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7.5 if in_words else 4.5)
+            ax.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6.5 if in_words else 4.5)
         ax.set_xlim(0, num_columns)
         ax.set_ylim(ceil(len(snapshot.ranks) / num_columns), 0)
         ax.set_axis_off()
@@ -61,7 +61,7 @@ def _words(status: RankStatus) -> list[str]:
     if what != "waits":
         return [f"rank {status.rank}: {what}"]
     place, _, group = status.waits_in.partition(" of ")
-    return [f"rank {status.rank}: {place}", f"of {group[:18]}, {status.waits_s:.1f} s"]
+    return [f"rank {status.rank}", place[:26], f"of {group[:14]}, {status.waits_s:.1f} s"]
 
 
 def _finding(snapshot: ClusterSnapshot) -> str:
