@@ -108,6 +108,44 @@ def test_control_c_during_generate_leaves_no_request_behind():
     assert done.stdout == "interrupted True True\n", done.stderr
 
 
+INTERRUPTED_START = """
+import os, signal, threading, time, psutil, workbench as wb
+short = wb.Sampling(max_tokens=4, temperature=0.0)
+def interrupt_after(seconds):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    return time.monotonic() + seconds
+with wb.launch(2) as cluster:
+    for after_s in (0.3, 0.7):  # while its server imports
+        due = interrupt_after(after_s)
+        try:
+            wb.start_engine(cluster, backend="hf")
+        except KeyboardInterrupt:
+            print("free", time.monotonic() - due < 1, flush=True)
+    engine = wb.start_engine(cluster, backend="hf", mode="independent")
+    print("right", all(psutil.pid_exists(pid) for pid in engine.pids), len(engine.generate(["7+8="], short)), flush=True)
+    due = interrupt_after(0.5)
+    try:
+        engine._each(lambda host: host.client.generate(["1+1="] * 64, wb.Sampling(n=16, max_tokens=250, ignore_eos=True)))
+    except KeyboardInterrupt:
+        print("aborted", time.monotonic() - due < 4, engine.status, len(engine._each(lambda host: host.client.memory())), flush=True)
+    due = interrupt_after(0.05)
+    try:
+        wb.start_engine(cluster, backend="hf", mode="independent")
+        time.sleep(1)
+    except KeyboardInterrupt:
+        print("free", time.monotonic() - due < 1, flush=True)
+    time.sleep(1.5)
+    alive = [p.pid for p in psutil.Process().children(recursive=True)]
+    print("left", sorted(set(engine.pids) - set(alive)), len(alive) - len(engine.pids) - 2, flush=True)
+"""
+
+
+def test_control_c_while_an_engine_starts_or_several_work_frees_at_once_and_leaves_nothing():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_START], capture_output=True, text=True, timeout=180)
+    # what stays beside two ranks and two engines: the two servers that forked them
+    assert done.stdout == "free True\nfree True\nright True 1\naborted True awake 2\nfree True\nleft [] 2\n", done.stderr
+
+
 def test_a_rank_that_asks_it_can_be_stopped_and_it_answers_the_next(cluster, engine):
     order = wb.Sampling(n=64, max_tokens=250, ignore_eos=True)
     stopper = threading.Timer(0.7, cluster.interrupt)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -89,6 +90,24 @@ def test_a_server_that_cannot_import_says_what_it_said():
     with pytest.raises(wb.LaunchError, match="No module named 'no_such_module'"):
         server.spawn("os:abort", None, fds=[1, 2], environment={}, on_exit=lambda status: None)
     server.close()
+
+
+def test_what_an_interrupted_caller_asked_for_is_killed_and_the_next_gets_its_own(monkeypatch):
+    """The server still imports when the first caller is interrupted, as with the first engine of a session."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    server = ForkServer(("workbench.ranks.rank",), {})
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        server.spawn("test_forkserver:linger", None, fds=[1, 2], environment=dict(os.environ), on_exit=lambda status: None)
+    pid, status, _ = spawn(server, "test_forkserver:leave", 5)
+    assert os.waitstatus_to_exitcode(status) == 5 and pid not in psutil.pids()
+    assert wait_for(lambda: not psutil.Process(server.pid).children(), 5)
+    server.close()
+
+
+def linger(config: object, fds: list[int]) -> None:
+    time.sleep(60)
 
 
 def test_one_server_serves_equal_needs_and_another_other_ones(monkeypatch):

@@ -39,8 +39,10 @@ class Spawn:
 
     Attributes:
         entry: "module:function", called with (config, fds).
+        ticket: comes back with the answer: a driver that was interrupted no longer waits for it.
     """
 
+    ticket: int
     entry: str
     config: Any
     environment: dict[str, str]
@@ -51,8 +53,11 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spawned:
+    """The answer; ticket 0 stands for every request: the server cannot serve any."""
+
     pid: int
     error: str = ""
+    ticket: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +129,7 @@ class _Server:
         try:
             pid = os.fork()
         except OSError as error:
-            write_frame(self.sock, Spawned(pid=0, error=f"{error}: no process could be made"))
+            write_frame(self.sock, Spawned(pid=0, error=f"{error}: no process could be made", ticket=request.ticket))
             pid = -1
         if pid == 0:
             _child(self, request, fds)
@@ -133,7 +138,7 @@ class _Server:
         if pid > 0:
             self.children.add(pid)
             self.folders |= {request.environment[FOLDER_VARIABLE]} if FOLDER_VARIABLE in request.environment else set()
-            write_frame(self.sock, Spawned(pid=pid))
+            write_frame(self.sock, Spawned(pid=pid, ticket=request.ticket))
 
     def reap(self) -> None:
         for pid in list(self.children):

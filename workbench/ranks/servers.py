@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import signal
 import socket
@@ -56,6 +57,8 @@ class ForkServer:
         theirs.close()
         self._lock = threading.Lock()
         self._spawned: SimpleQueue[Spawned | None] = SimpleQueue()
+        self._tickets = itertools.count(1)
+        self._abandoned: set[int] = set()  # requests whose caller was interrupted; what they start is killed
         self._watchers: dict[int, Callable[[int], None]] = {}
         self._ended: dict[int, int] = {}
         self._watch_lock = threading.Lock()
@@ -85,6 +88,7 @@ class ForkServer:
             LaunchError: the server ended, or could not fork.
         """
         request = Spawn(
+            ticket=next(self._tickets),
             entry=entry,
             config=config,
             environment=environment,
@@ -95,13 +99,31 @@ class ForkServer:
         with self._lock:
             try:
                 write_frame(self._sock, request, list(fds))
-                answer = self._spawned.get(timeout=_START_LIMIT_S)
+                answer = self._answer(request.ticket)
             except (OSError, Empty) as error:
                 raise LaunchError(self._failure(repr(error))) from error
+            except BaseException:
+                self._abandoned.add(request.ticket)
+                raise
         if answer is None or answer.error:
             raise LaunchError(self._failure(answer.error if answer else "it ended"))
         self._watch(answer.pid, on_exit)
         return answer.pid
+
+    def _answer(self, ticket: int) -> Spawned | None:
+        """The answer to a request, past those that nobody waits for any more; None when the server has ended."""
+        while True:
+            answer = self._spawned.get(timeout=_START_LIMIT_S)
+            if answer is None or answer.ticket in (ticket, 0):
+                return answer
+            self._kill(answer)
+
+    def _kill(self, unwanted: Spawned) -> None:
+        """End what an interrupted request has started: a child of our server, so its pid is its own until its end was told."""
+        if unwanted.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(unwanted.pid, signal.SIGKILL)
+            self._watch(unwanted.pid, lambda status: None)
 
     def close(self) -> None:
         """End the server and all its children."""
@@ -133,7 +155,9 @@ class ForkServer:
             if frame is None:
                 break
             record = frame[0]
-            if isinstance(record, Spawned):
+            if isinstance(record, Spawned) and record.ticket in self._abandoned:
+                self._kill(record)
+            elif isinstance(record, Spawned):
                 self._spawned.put(record)
             elif isinstance(record, Exited):
                 self._tell(record.pid, record.status)

@@ -5,6 +5,7 @@ Knows the calls of `host`. Does not know which library the engine is made of.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import threading
@@ -24,9 +25,9 @@ from workbench.rollout.host import Abort, Call, Reply
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Address", "EngineClient", "last_lines"]
+__all__ = ["ABORT_LIMIT_S", "Address", "EngineClient", "last_lines"]
 
-_ABORT_LIMIT_S = 4.0
+ABORT_LIMIT_S = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class EngineClient:
         self._lock = threading.Lock()
         self._status = EngineStatus.STARTING
         self._weight_version = 0
+        self._running = 0  # ticket of the call that waits for its reply, 0 when none does
         self.generated_s = (0.0, 0.0)  # begin and end of the last generate
         self._ready: list[tuple[Reply, Packed | None]] = []
 
@@ -151,7 +153,7 @@ class EngineClient:
     def _call(self, verb: str, *args: Any, **kwargs: Any) -> Any:
         value = pack((args, kwargs))
         with self._lock:
-            ticket = next(self._tickets)
+            ticket = self._running = next(self._tickets)
             try:
                 self._writer.send(Call(ticket=ticket, verb=verb), value)
             except OSError as error:
@@ -162,10 +164,19 @@ class EngineClient:
             except KeyboardInterrupt:
                 self._abort(ticket)
                 raise
+            finally:
+                self._running = 0
+
+    def abort(self) -> None:
+        """Have the call end that another thread waits for; that thread gets an EngineError which says so. Nothing, where none runs."""
+        ticket = self._running
+        if ticket:
+            with contextlib.suppress(OSError):  # it is dead: that thread hears of it
+                self._writer.send(Abort(ticket=ticket))
 
     def _abort(self, ticket: int) -> None:
         """Have the call end on the far side, so that the engine is free for the next."""
-        self._sock.settimeout(_ABORT_LIMIT_S)
+        self._sock.settimeout(ABORT_LIMIT_S)
         try:
             self._writer.send(Abort(ticket=ticket))
             self._receive(ticket)

@@ -9,7 +9,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from workbench.errors import EngineError
 from workbench.ranks.memory import NvmlMemory, read_held_bytes
 from workbench.records import EngineNow, EngineStatus, Prompt, RolloutBatch, Sampling, SleepReport, Span
-from workbench.rollout.client import Address, EngineClient
+from workbench.rollout.client import ABORT_LIMIT_S, Address, EngineClient
 from workbench.rollout.engine import PhaseTimes
 from workbench.rollout.finished import FinishedReader
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineHandle", "EngineSpec"]
 
 T = TypeVar("T")
+_CLOSE_GRACE_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +53,12 @@ class EngineSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostProcess:
-    """One engine process as the driver holds it; `rank` -1 works for all ranks."""
+    """One engine process as the driver holds it; `rank` -1 works for all ranks; `end(grace_s)` kills it when it has not gone by then."""
 
     rank: int
     client: EngineClient
     address: Address
-    end: Callable[[], None]
+    end: Callable[[float], None]
 
 
 class EngineHandle:
@@ -226,7 +227,7 @@ class EngineHandle:
         alive = [host for host in self._hosts if host.client.status is not EngineStatus.DEAD]
         self._each(lambda host: host.client.close(), alive)
         for host in self._hosts:
-            host.end()
+            host.end(_CLOSE_GRACE_S)
         self._threads.shutdown(wait=False)
 
     def __enter__(self) -> EngineHandle:
@@ -248,7 +249,14 @@ class EngineHandle:
         chosen = self._hosts if hosts is None else list(hosts)
         if len(chosen) == 1:
             return [call(chosen[0])]
-        return [future.result() for future in [self._threads.submit(call, host) for host in chosen]]
+        futures = [self._threads.submit(call, host) for host in chosen]
+        try:
+            return [future.result() for future in futures]
+        except KeyboardInterrupt:
+            for host in chosen:
+                host.client.abort()
+            wait(futures, timeout=ABORT_LIMIT_S)  # each hears that it was interrupted; then the engine is free for the next call
+            raise
 
     def _complete_reports(self, regained: Sequence[int], wake_s: float) -> None:
         """Fill in the wake of the latest sleep of each process."""

@@ -126,11 +126,12 @@ class _Starter:
         ranks = [-1] if self.spec.mode == "rooted" else list(range(self.world_size))
         hosts: list[HostProcess] = []
         try:
-            hosts += [self._host(index, rank, len(ranks)) for index, rank in enumerate(ranks)]
+            for index, rank in enumerate(ranks):  # one by one: an interrupt must find those that are there
+                hosts.append(self._host(index, rank, len(ranks)))
             self._await(hosts)
         except BaseException:
-            for host in hosts:
-                host.end()
+            for host in hosts:  # nothing of an engine that has not started is worth waiting for
+                host.end(0.0)
             raise
         self.handle = EngineHandle(self.spec, hosts)
         return self.handle
@@ -176,7 +177,7 @@ class _Starter:
             theirs.close()
             os.close(out)
         reach = Address(path=address, token=config.token, pid=pid, log_path=str(log))
-        return HostProcess(rank=rank, client=EngineClient(ours, reach), address=reach, end=lambda: _end(pid, ours, ended))
+        return HostProcess(rank=rank, client=EngineClient(ours, reach), address=reach, end=lambda grace_s: _end(pid, ours, ended, grace_s))
 
     def _options(self, log: Path, count: int) -> dict[str, Any]:
         spec = self.spec
@@ -214,10 +215,10 @@ class _Starter:
                         raise EngineError(f"{error}{how}") from None
 
 
-def _end(pid: int, sock: socket.socket, ended: list[int]) -> None:
-    """Close our end; an engine that has not gone by then is killed: its pid is ours until its exit was told."""
+def _end(pid: int, sock: socket.socket, ended: list[int], grace_s: float) -> None:
+    """Close our end; an engine that has not gone after grace_s is killed: its pid is ours until its exit was told."""
     sock.close()
-    limit = time.monotonic() + 3.0
+    limit = time.monotonic() + grace_s
     while not ended and time.monotonic() < limit:
         time.sleep(0.01)
     if not ended:
