@@ -143,6 +143,7 @@ def test_all_is_what_is_public():
         *workbench.__all__,
         *modules,
         "load_ipython_extension",
+        "unload_ipython_extension",
         "annotations",
         "import_module",
         "sys",

@@ -67,6 +67,11 @@ def load_ipython_extension(shell: Any) -> None:
     import_module("workbench.magics").load_ipython_extension(shell)
 
 
+def unload_ipython_extension(shell: Any) -> None:
+    """`%unload_ext workbench`."""
+    import_module("workbench.magics").unload_ipython_extension(shell)
+
+
 def __dir__() -> list[str]:
     return sorted(__all__)
 

@@ -23,6 +23,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.display import display
 
+from workbench.completion import RankNames, split_question
 from workbench.errors import LayoutError, WorkbenchError
 from workbench.home import home
 from workbench.plan.layout import Layout
@@ -30,14 +31,15 @@ from workbench.plan.selector import name_ranks
 from workbench.ranks.cluster import Cluster
 from workbench.ranks.handle import CellHandle, CellResult
 from workbench.ranks.launch import launch
+from workbench.ranks.messages import Inquiry
 from workbench.ranks.progress import is_notebook
 from workbench.ranks.stream import Stream, output_file
 from workbench.ranks.surface import TICK_S, Panel, Surface, surface_here
 from workbench.records import RankStatus
 
-__all__ = ["OPTIONS", "VERBS", "RankMagics", "cluster_of", "load_ipython_extension"]
+__all__ = ["RankMagics", "load_ipython_extension", "unload_ipython_extension"]
 
-VERBS = {
+_VERBS = {
     "status": "a table of the ranks",
     "diagnose": "who waits for whom, now",
     "interrupt": "stop a cell that runs in the background",
@@ -46,7 +48,6 @@ VERBS = {
     "ledger": "a row a collective and rank",
     "close": "end the ranks",
 }
-OPTIONS = {"%launch": ("--layout", "--seed"), "%%ranks": ("--timeout", "--bg", "--out", "--quiet"), "%ranks": ()}
 _STOP_LIMIT_S = 15.0
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -157,7 +158,10 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
         if cell is None:
             return self._steer(_words(line))
         arguments = _CELL.parse_args(_words(line))
-        cluster = cluster_of(self.shell)
+        cluster = _cluster_of(self.shell)
+        cell, asked, detail_level = split_question(cell)
+        if asked:
+            return self._run_and_describe(line, cell, asked, detail_level)
         stream = Stream(lambda: output_file(home() / "output", _file_name(handle)))
         try:
             handle = cluster.execute(cell, arguments.selector, timeout_s=arguments.timeout, block=False, on_output=stream.take)
@@ -174,6 +178,18 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
             self.shell.user_ns[arguments.out] = result
         return None
 
+    def _run_and_describe(self, line: str, cell: str, name: str, detail_level: int) -> None:
+        """A cell whose last line is `name?`."""
+        if cell.strip():
+            self.ranks(line, cell)
+        found = RankNames(self.shell, ()).describe(name, detail_level)
+        if found is None:
+            raise BadLine(
+                f"{name}? : no rank knows {name}\nan earlier %%ranks cell must bind it; cluster.push binds values of the notebook"
+            )
+        text, page = found
+        display({"text/html": page, "text/plain": text}, raw=True)
+
     def _leave(self, handle: CellHandle, stream: Stream, *, name: str, is_quiet: bool) -> None:
         """Let a cell run beside the notebook; its panel goes on, a terminal stays free for what is typed next."""
         self.shell.user_ns[name] = handle
@@ -186,11 +202,11 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
 
     def _steer(self, words: list[str]) -> Any:
         verb = words[0] if words else "status"
-        if verb not in VERBS:
-            raise BadLine(f"%ranks {verb}: the verb must be one of {', '.join(VERBS)}; a cell for the ranks begins with %%ranks")
+        if verb not in _VERBS:
+            raise BadLine(f"%ranks {verb}: the verb must be one of {', '.join(_VERBS)}; a cell for the ranks begins with %%ranks")
         if verb == "close" and not isinstance(self.shell.user_ns.get("cluster"), Cluster):
             return None
-        cluster = cluster_of(self.shell)
+        cluster = _cluster_of(self.shell)
         calls: dict[str, Callable[[], Any]] = {
             "status": lambda: _show_status(cluster),
             "diagnose": lambda: _show(found := cluster.diagnose(), str(found)),
@@ -203,7 +219,7 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
         return calls[verb]()
 
 
-def cluster_of(shell: InteractiveShell) -> Cluster:
+def _cluster_of(shell: InteractiveShell) -> Cluster:
     """The cluster bound to `cluster`.
 
     Raises:
@@ -366,22 +382,24 @@ def _point_to_ranks(shell: InteractiveShell, error: NameError) -> None:
     name = getattr(error, "name", None)
     if not isinstance(cluster, Cluster) or cluster.is_closed or not name:
         return
-    try:
-        found = cluster.run(_has_name, name, timeout_s=2.0)
-    except WorkbenchError:
-        return
-    ranks = [rank for rank, has in enumerate(found) if has]
+    ranks = [rank for rank, lines in cluster.ask(Inquiry.HAS, name).items() if lines]
     if ranks:
         print(f"{name} lives on {name_ranks(ranks)}: use a %%ranks cell, or cluster.pull({name!r})")
 
 
-def _has_name(name: str) -> bool:
-    import __main__
-
-    return name in vars(__main__)
-
-
 def load_ipython_extension(shell: InteractiveShell) -> None:
     """Called by `%load_ext workbench`."""
+    unload_ipython_extension(shell)
     shell.register_magics(RankMagics)
     shell.set_custom_exc((NameError, SyntaxError), _show_error)
+    shell.workbench_names = RankNames(shell, tuple(_VERBS))
+    shell.workbench_names.install()
+
+
+def unload_ipython_extension(shell: InteractiveShell) -> None:
+    """Called by `%unload_ext workbench`: the hooks are taken back; magics stay, as IPython's own extensions leave theirs."""
+    names = getattr(shell, "workbench_names", None)
+    if names is not None:
+        names.remove()
+        shell.workbench_names = None
+        shell.set_custom_exc((), None)

@@ -30,7 +30,7 @@ from workbench.ranks.faults import Fault, arm, check_faults, disarm
 from workbench.ranks.handle import ActiveCell, CellHandle
 from workbench.ranks.history import History
 from workbench.ranks.ledger import ledger_frame, write_perfetto
-from workbench.ranks.messages import RunCell, Seen, Task
+from workbench.ranks.messages import Inquiry, RunCell, Seen, Task
 from workbench.ranks.observer import Observed, Observer, rank_status, read_memory
 from workbench.ranks.processes import Processes
 from workbench.ranks.stragglers import Stragglers, find_stragglers
@@ -403,6 +403,15 @@ class Cluster:
     def look(self, rank: int) -> Seen | None:
         """Where a rank is and what its frames hold, while a cell runs; None where it does not answer."""
         return self._conductor.look(select_ranks(rank, self.world_size)[0])
+
+    def ask(self, inquiry: Inquiry, text: str, ranks: Selector = None, *, limit_s: float = 0.5) -> dict[int, tuple[str, ...]]:
+        """Ask ranks about their names, also while they are busy: what "x.sh" may become, what x is, whether it is bound.
+
+        Returns:
+            rank -> lines; ranks that could not answer within `limit_s` are left out.
+        """
+        members = [rank for rank in select_ranks(ranks, self.world_size, self._layout) if not self._processes.links[rank].is_dead]
+        return {} if self._is_closed else self._conductor.asker.ask(inquiry, text, members, limit_s=limit_s)
 
     def interrupt(self) -> None:
         """Stop the cell that runs: every rank is free within a second, names kept. Called again, stuck ranks are killed."""

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from workbench.errors import LaunchError, RankError, RankFailed
+from workbench.ranks.asking import Asker
 from workbench.ranks.board import AreaState, Board
 from workbench.ranks.channel import Packed
 from workbench.ranks.diagnosis import Scene, diagnose
@@ -30,6 +31,7 @@ from workbench.ranks.link import Link
 from workbench.ranks.messages import (
     ANY_SOURCE,
     Abandon,
+    Answer,
     CellDone,
     Free,
     GroupFormed,
@@ -73,6 +75,7 @@ class Conductor:
         self.startup_errors: dict[int, str] = {}
         self.last_diagnosis: Diagnosis | None = None
         self.active: ActiveCell | None = None
+        self.asker = Asker(lambda rank, question: self._later(lambda: self._send(self.links[rank], question)))
         self.changed = threading.Condition()
         self._start = start
         self._on_mark = on_mark
@@ -326,6 +329,8 @@ class Conductor:
                 self._seen[link.rank] = message
             elif message.ticket < 0:
                 self._looked[message.ticket] = message
+        elif isinstance(message, Answer):
+            self.asker.take(link.rank, message)
         elif isinstance(message, Rebuilt):
             if message.error and self.formation_error is None:
                 self.rebuild_errors[link.rank] = message.error

@@ -1,7 +1,7 @@
 """What driver and rank say to each other, as typed records.
 
-driver -> rank   RunCell  Free  Look  Rebuild  Abandon
-rank -> driver   Ready  GroupFormed  CellDone  Seen  Rebuilt  Mark
+driver -> rank   RunCell  Free  Look  Question  Rebuild  Abandon
+rank -> driver   Ready  GroupFormed  CellDone  Seen  Answer  Rebuilt  Mark
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ from workbench.ranks.digest import Digest
 __all__ = [
     "ANY_SOURCE",
     "Abandon",
+    "Answer",
     "CellDone",
     "CellError",
     "Free",
     "GroupFormed",
+    "Inquiry",
     "Look",
     "Mark",
     "Outcome",
+    "Question",
     "Ready",
     "Rebuild",
     "Rebuilt",
@@ -31,6 +34,15 @@ __all__ = [
 
 
 ANY_SOURCE = "any to "  # begins the name of the channel on which one rank counts its receives from anybody
+
+
+class Inquiry(StrEnum):
+    """What may be asked about a rank's names."""
+
+    COMPLETE = "complete"  # "x.sh" -> "x.shape", ...
+    DESCRIBE = "describe"  # type, shape, text, signature, documentation
+    SOURCE = "source"  # that, and the source
+    HAS = "has"  # whether a name is bound
 
 
 class Task(StrEnum):
@@ -125,6 +137,23 @@ class Seen:
     stack: str
     num_threads: int = 0
     frames: tuple[tuple[str, dict[str, str]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Something about the rank's names; answered also while it computes or waits."""
+
+    ticket: int
+    inquiry: Inquiry
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a rank says to a question; no lines where there is nothing to say."""
+
+    ticket: int
+    lines: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

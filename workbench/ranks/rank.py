@@ -33,7 +33,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from workbench.plan.layout import Layout
 from workbench.ranks import cell as cells
-from workbench.ranks import forming, sockets
+from workbench.ranks import forming, names, sockets
 from workbench.ranks.board import Board
 from workbench.ranks.calls import KnownGroup
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
@@ -42,7 +42,22 @@ from workbench.ranks.current import Current, set_current
 from workbench.ranks.digest import Digest, digest_of
 from workbench.ranks.group import Group
 from workbench.ranks.intercept import Freed, Interceptor
-from workbench.ranks.messages import Abandon, CellDone, Free, GroupFormed, Look, Mark, Outcome, Ready, Rebuild, Rebuilt, RunCell, Seen, Task
+from workbench.ranks.messages import (
+    Abandon,
+    CellDone,
+    Free,
+    GroupFormed,
+    Look,
+    Mark,
+    Outcome,
+    Question,
+    Ready,
+    Rebuild,
+    Rebuilt,
+    RunCell,
+    Seen,
+    Task,
+)
 from workbench.ranks.recording import FailureTape, writer_for
 from workbench.ranks.shown import open_figures, show_value, text_of
 from workbench.ranks.stateless_gloo import register_again
@@ -145,6 +160,8 @@ class Rank:
                     self.interceptor.abandon(message.generation)
                 elif isinstance(message, Look):
                     self.writer.send(self._look(message))
+                elif isinstance(message, Question):
+                    threading.Thread(target=self._answer, args=(message,), name="workbench-answer", daemon=True).start()
                 else:
                     self._waiting.put((message, value))
         os._exit(0)  # the driver is gone, or the channel broke: nothing is left to do, and nobody to tell
@@ -166,6 +183,10 @@ class Rank:
             num_threads=sum(not _is_housekeeping(thread) for thread in threading.enumerate()),
             frames=cells.frames_of(frame) if message.with_names and self.is_running else (),
         )
+
+    def _answer(self, question: Question) -> None:
+        """In a thread of its own: attributes and reprs are the user's code, and may take their time."""
+        self.writer.send(names.answer(question, vars(self.module)))
 
     # -- main thread --------------------------------------------------------------------------------------------------------------------
 
@@ -217,15 +238,15 @@ class Rank:
         self.writer.send(done, result)
 
     def _work(self, message: RunCell, value: Packed | None) -> tuple[str, Packed | None]:
-        names = self.module.__dict__
+        namespace = self.module.__dict__
         if message.task is Task.SOURCE:
             return self._run_source(message)
         if message.task is Task.PUSH:
             assert value is not None
-            names.update(unpack(value))
+            namespace.update(unpack(value))
             return "", None
         if message.task is Task.PULL:
-            found = _look_up(message.text, names)
+            found = _look_up(message.text, namespace)
             self._digest = digest_of(found)
             return "", pack(found)
         assert value is not None
