@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,7 +170,7 @@ def test_large_objects_pass_between_two_ranks_in_order_and_dropped_ones_leave_th
         import torch
 
         g = wb.current().group
-        large = [{"text": chr(97 + n) * 400_000, "array": torch.full((200_000,), n)} for n in range(3)]
+        large: list[dict[str, Any]] = [{"text": chr(97 + n) * 400_000, "array": torch.full((200_000,), n)} for n in range(3)]
         if g.rank == 0:
             for obj in large:
                 g.send_object(obj, dst=1)

@@ -82,7 +82,8 @@ def ragged(tensors: Sequence[Tensor], dim: int, sizes: Sequence[int] | None, pla
     """What all_gatherv announces: everything but the rows, and the rows as its number."""
     if not tensors:
         raise ValueError("all_gatherv: got an empty list: pass at least one tensor")
-    counts = [tensor.shape[_dim("all_gatherv", tensor, dim)] for tensor in tensors]
+    dims = [_dim("all_gatherv", tensor, dim) for tensor in tensors]
+    counts = [tensor.shape[at] for tensor, at in zip(tensors, dims, strict=True)]
     if len(set(counts)) > 1:
         raise ValueError(f"all_gatherv: the tensors have {counts} rows along dim {dim}: those of one call need equally many")
     if sizes is not None and _sizes("all_gatherv", sizes, size)[place] != counts[0]:
@@ -143,14 +144,14 @@ def combine(stacked: Tensor, op: str) -> Tensor:
 
 def _dim(op: str, tensor: Tensor, dim: int) -> int:
     check_dense(tensor)
-    if not -tensor.dim() <= dim < tensor.dim():
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -tensor.dim() <= dim < tensor.dim():
         hint = "a 0-dim tensor has none: pass x.reshape(1)" if tensor.dim() == 0 else f"choose one of {-tensor.dim()}..{tensor.dim() - 1}"
-        raise ValueError(f"{op}: invalid dim {dim} for a tensor of shape {list(tensor.shape)}: {hint}")
+        raise ValueError(f"{op}: invalid dim {dim!r} for a tensor of shape {list(tensor.shape)}: {hint}")
     return dim % tensor.dim()
 
 
 def _sizes(op: str, sizes: Sequence[int], size: int) -> list[int]:
-    counts = list(sizes)
+    counts = list(sizes) if isinstance(sizes, Sequence) and not isinstance(sizes, str) else [sizes]
     if len(counts) != size or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in counts):
         raise ValueError(f"{op}: sizes {counts} must be {size} numbers of at least 0, one for each member")
     return counts
