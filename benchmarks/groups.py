@@ -1,8 +1,8 @@
 """Objects, tensor dicts and ragged token data through our groups, torch's own object collectives and vLLM's GroupCoordinator.
 
-All three in the same shape of world; ours and torch's in the same ranks, with the check of collectives on; vLLM's under torchrun. "Packed
-token data" are completions as the pipeline keeps them, token ids and lengths in one int32 tensor, against what people send today: the same
-completions as lists of Python ints through `all_gather_object`. Beside it the same tensor through `all_gather_object`, pickled as it is.
+All three in the same shape of world; ours and torch's in turns in the same ranks, with the check of collectives on; vLLM's under torchrun.
+"Packed tokens" are completions as the pipeline keeps them, token ids and lengths in one int32 tensor, against what people send today: the
+same completions as lists of Python ints through `all_gather_object`. Beside it the same tensor through `all_gather_object`, pickled.
 """
 
 from __future__ import annotations
@@ -118,17 +118,18 @@ def calls_of_torch(rank: int, num_ranks: int, inputs: dict[str, Any]) -> dict[st
     }
 
 
-def seconds_of(call: Callable[[], Any], num_calls: int) -> list[float]:
-    """Seconds of single calls on this rank, each begun together."""
+def seconds_of(calls: Sequence[Callable[[], Any]], num_calls: int) -> list[tuple[float, ...]]:
+    """Seconds of single calls on this rank, a row for each of `calls`; they take turns, and each is begun together."""
     import torch.distributed as dist
 
-    found = []
+    found: list[list[float]] = [[] for _ in calls]
     for _ in range(num_calls + 1):
-        dist.barrier()
-        start_s = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start_s)
-    return found[1:]  # the first warms up
+        for call, seconds in zip(calls, found, strict=True):
+            dist.barrier()
+            start_s = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - start_s)
+    return [tuple(seconds[1:]) for seconds in found]  # the first warms up
 
 
 def measure(
@@ -188,8 +189,13 @@ def _in_rank(size: int, num_calls: int) -> tuple[Calls, Calls]:
         PACKED: lambda: group.all_gatherv(inputs["packed"]),
     }
     theirs = calls_of_torch(here.rank, here.world_size, inputs)
-    seconds = {name: tuple(seconds_of(call, num_calls)) for name, call in ours.items()}
-    return seconds, {name: tuple(seconds_of(call, num_calls)) for name, call in theirs.items()}
+    ours_s: Calls = {}
+    theirs_s: Calls = {}
+    for name, call in ours.items():
+        names = [name, PICKLED] if name == PACKED else [name]
+        ours_s[name], *others = seconds_of([call, *(theirs[other] for other in names)], num_calls)
+        theirs_s.update(zip(names, others, strict=True))
+    return ours_s, theirs_s
 
 
 def _vllm(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[str, list[float]]:

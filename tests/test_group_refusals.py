@@ -116,7 +116,7 @@ def test_every_mismatch_shows_what_each_rank_called_and_leaves_the_group_usable(
 
 def _mismatches(rank: int) -> Any:
     g = world()
-    return [(told(partial(pair[rank], g)), g.all_reduce(torch.ones(1)).item()) for pair in MISMATCHES]
+    return [(told(partial((one, other)[rank], g)), g.all_reduce(torch.ones(1)).item()) for one, other, _ in MISMATCHES]
 
 
 # the wrong argument, and what its rank is told; its peer makes the right call and hears the same as a refusal

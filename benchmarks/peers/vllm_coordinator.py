@@ -40,7 +40,7 @@ def main() -> None:
         size, num_calls = map(int, argument.split(":"))
         for name, call in calls_of(group, make_inputs(rank, num_ranks, size)).items():
             found = [torch.empty(num_calls, dtype=torch.float64) for _ in range(num_ranks)]
-            dist.all_gather(found, torch.tensor(seconds_of(call, num_calls), dtype=torch.float64))
+            dist.all_gather(found, torch.tensor(seconds_of([call], num_calls)[0], dtype=torch.float64))
             seconds[f"{size} {name}"] = torch.stack(found).amax(0).tolist()
     if rank == 0:
         print(json.dumps({"seconds": seconds}), flush=True)
