@@ -105,6 +105,21 @@ def test_after_a_cell_that_was_stopped_in_its_code_the_tape_begins_anew(cluster)
     assert "lock" in reader.records[0].unkept and "half" in reader.records[0].unkept
 
 
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_model_outlives_the_beginning_of_a_new_tape_but_not_its_wrapper(cluster, wraps):
+    cluster.execute(MAKE if wraps else MAKE.replace("torch.nn.parallel.DistributedDataParallel", ""))
+    cluster.run(train_until, 99)
+    with pytest.raises(wb.RankTimeout):
+        cluster.execute("import time; time.sleep(60)", timeout_s=0.3)
+    with pytest.raises(wb.RankFailed, match="ValueError: loss") as caught:
+        cluster.run(train_until, 2)
+    message = str(caught.value).splitlines()[0].partition("ValueError: ")[2]
+    assert caught.value.tape is not None
+    kind, told = (wb.ReplayError, "'model'.*\nit could not be kept: a DDP model holds connections") if wraps else (ValueError, message)
+    with pytest.raises(kind, match=told):  # the model, Adam's moments on it and the random numbers came from the snapshot
+        wb.replay(caught.value.tape, rank=1)
+
+
 def test_a_killed_rank_leaves_its_tape_up_to_the_last_finished_collective(tmp_path):
     with wb.launch(2, record="failures") as cluster:
         cluster.execute("kept = 3")

@@ -35,9 +35,9 @@ def launch(
         record: "failures" keeps, when a cell fails, the tape of every rank for `wb.replay`; its folder is in the error and in
             `cluster.last_tape`. The tape goes on from launch, so a replay runs the session's cells again up to the one that failed.
             After 64 MiB a rank, after a cell that was stopped in its own code and after a new generation it begins anew with the names
-            as they are then; what cannot be pickled (process groups, open files) is then not on it, and a replay that needs it says so.
-            A rank's tape ends at 256 MiB. What collectives carry is copied to disk, and asynchronous ones are waited for at once: not
-            for timing.
+            as they are then; what cannot be kept (process groups, DDP models, open files) is then not on it, and a replay that needs it
+            says so. A rank's tape ends at 256 MiB. What collectives carry is copied to disk, and asynchronous ones are waited for at
+            once: not for timing.
 
     Raises:
         TypeError, ValueError: bad arguments; nothing was started.

@@ -15,6 +15,7 @@ from typing import Any
 
 from workbench.ranks.current import current
 from workbench.ranks.snapshot import snapshot_names
+from workbench.ranks.steady import steady_pickles
 from workbench.ranks.tape import TapeWriter, current_writer, set_writer, tape_name
 
 __all__ = ["FailureTape", "MOST_TAPE_BYTES", "start_tape", "stop_tape", "writer_for"]
@@ -92,6 +93,7 @@ def _begin(path: Path, most_bytes: int | None = None) -> TapeWriter:
     made = TapeWriter(path, most_bytes)
     made.start(rank=me.rank, world_size=me.world_size, layout=me.layout, has_layout=me.has_layout, names=data, unkept=unkept)
     me.process.interceptor.hooks.append(made)
+    steady_pickles(True)
     set_writer(made)
     return made
 
@@ -101,4 +103,5 @@ def _unhook() -> None:
     made = current_writer()
     if process is not None and made is not None:
         process.interceptor.hooks.remove(made)
+    steady_pickles(False)
     set_writer(None)

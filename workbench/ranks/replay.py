@@ -38,6 +38,7 @@ from workbench.ranks.messages import Outcome, Task
 from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in
 from workbench.ranks.shown import text_of
 from workbench.ranks.snapshot import changed_files, restore_names
+from workbench.ranks.steady import steady_pickles
 from workbench.ranks.tape import CellEnd, CellStart, Collective, Outside, TapeReader, TapeStart
 from workbench.ranks.wire import signing_with
 
@@ -153,6 +154,7 @@ def _as_rank(start: TapeStart, player: _Player) -> Iterator[ModuleType]:
     dist.init_process_group("fake", rank=start.rank, world_size=start.world_size, store=FakeStore())
     libraries = player.install()
     tape.set_player(player.outside)
+    steady_pickles(True)
     try:
         group = Group.from_process_group(_world(), name="world")
         here = Current(rank=start.rank, world_size=start.world_size, group=group, layout=pickle.loads(start.layout))
@@ -175,6 +177,7 @@ def _as_rank(start: TapeStart, player: _Player) -> Iterator[ModuleType]:
             sys.path[:] = path
     finally:
         tape.set_player(None)
+        steady_pickles(False)
         set_current(None)
         for library in libraries:
             library._destroy()
@@ -295,7 +298,8 @@ class _Player:
         if isinstance(error, ReplayError) or end is None or isinstance(error, Freed):
             return
         told = f"{type(error).__name__}: {error}"
-        if isinstance(error, NameError) and (name := error.name or "") in self._unkept:
+        name = getattr(error, "name", None) or ""
+        if isinstance(error, (NameError, AttributeError)) and name in self._unkept:
             raise ReplayError(
                 f"cell {cell.start.cell} reads {name!r}, which the tape does not hold: it was bound before the tape began\n"
                 f"it could not be kept: {self._unkept[name]}\nbegin recording before the cell that binds {name!r}"

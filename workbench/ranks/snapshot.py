@@ -49,6 +49,11 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
         self._globals: dict[str, Any] = {}
         self.globals_ref[id(namespace)] = self._globals
 
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj).__name__ == "DistributedDataParallel":  # torch pickles it, but what comes back sends its gradients in another order
+            raise pickle.PicklingError("a DDP model holds connections and an order of gradients that it has learned: wrap the model again")
+        return super().reducer_override(obj)
+
     def persistent_id(self, obj: Any) -> str | None:
         return _NAMESPACE if obj is self._globals else None
 
