@@ -15,6 +15,7 @@ from workbench.live import LiveRun
 from workbench.ranks.cluster import Cluster
 from workbench.records import FinishedCompletion, MemorySample
 from workbench.rollout.finished import FinishedReader, FinishedWriter
+from workbench.view import moving
 
 MIB = 2**20
 PROMPTS = [["1+1=", "12+34="], ["7+8="]]
@@ -158,6 +159,21 @@ def test_a_rollout_that_fails_says_why_to_who_follows_and_leaves_nothing(cluster
     assert not list(Path(cluster.folder).glob("*.finished"))
     run = wb.rollout(cluster, PROMPTS, engine=engine, sampling=SAMPLING, keep=False)
     assert len(run.completions) == 9
+
+
+def test_in_a_notebook_a_widget_is_told_how_it_ended_and_leaves_a_picture(cluster, engine, monkeypatch):
+    shown: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr("workbench.live._is_notebook", lambda: True)
+    monkeypatch.setattr(moving, "display", lambda data, **_: shown.append(data))
+    monkeypatch.setattr(moving, "update_display", lambda data, **_: shown.append(data))
+    monkeypatch.setattr(moving.MovingWidget, "send", lambda _, message: told.append(message["news"]))
+    run = wb.rollout(cluster, PROMPTS, engine=engine, sampling=SAMPLING, live=True, keep=False)
+    assert ["image/png" in data for data in shown] == [False, True] and shown[1]["text/plain"].startswith(f"{len(run.lengths)} completions")
+    assert told[-1]["is_done"] and sum(len(news["lengths"]) for news in told) == len(run.completions) and told[-1]["error"] == ""
+    with pytest.raises(wb.EngineError):
+        wb.rollout(cluster, [["1+" * 9000], []], engine=engine, sampling=SAMPLING, live=True)
+    assert told[-1]["is_done"] and told[-1]["error"].startswith("EngineError: ") and len(shown) == 4
 
 
 def test_without_a_notebook_a_line_tells_how_far_it_is(cluster, engine, capfd):

@@ -15,6 +15,7 @@ from workbench.records import MemorySample, Span
 from workbench.run import Run
 from workbench.view import memory_explorer
 from workbench.view.memory import asleep_stretches
+from workbench.view.memory_history import MemoryHistory
 
 MIB = 2**20
 
@@ -78,6 +79,13 @@ def test_the_sleep_report_stands_beside_it():
     rows = memory_explorer(run).scene["sleeps"]
     assert len(rows) == len(run.sleep_report) > 0 and rows[0]["engine"] == "own process"
     assert [row["wake, s"] for row in rows] == ["asleep" if np.isnan(s) else f"{s:.3f}" for s in run.sleep_report["wake_s"]]
+
+
+def test_memory_on_gpus_is_a_line_of_its_own():
+    memory = [replace(one, device_used_bytes=512 * MIB if one.process == "engine" else 0) for one in make_memory(num_ranks=1)]
+    scene = memory_explorer(Run(batches={}, memory=memory)).scene
+    assert set(scene["device"]) == {512.0} and len(scene["device"]) == len(scene["times"])
+    assert MemoryHistory(start_s=0.0).add(memory)[0][2] == 512.0
 
 
 def test_a_long_run_becomes_a_message_of_bounded_size():

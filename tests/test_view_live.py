@@ -135,7 +135,7 @@ def test_the_page_begins_with_everything_and_gets_only_what_is_new(monkeypatch):
     panel.step()
     scene = json.loads(json.dumps(panel.get_state("scene")["scene"]))
     assert [layer["name"] for layer in scene["layers"]] == ["engine", "rank 0", "rank 1", "driver"]
-    assert len(scene["memory"]) == 2 and len(sent[0]["memory"]) == 1 and sent[0]["memory"][0][1] == [0.0, 20.0, 20.0, 20.0]
+    assert len(scene["memory"]) == 2 and len(sent[0]["memory"]) == 1 and sent[0]["memory"][0][1:] == [[0.0, 20.0, 20.0, 20.0], 0.0]
     assert sent[0]["ranks"] == [["running", 7, "barrier #2 of world", 2.5, 20.0], ["running", 7, "", 0.0, 20.0]]
     assert (sent[0]["cell"], sent[0]["cell_s"], sent[0]["is_closed"]) == ("cell 7", 2.6, False)
 
@@ -186,7 +186,7 @@ def test_hours_of_memory_stay_bounded_and_cover_the_whole_time():
         history.add(make_snapshot(num_ranks=1, time_s=float(tick)).memory)
     points = history.points()
     assert len(points) <= MAX_POINTS and points[0][0] == 0.0 and points[-1][0] == 4 * MAX_POINTS - 1
-    assert [t for t, _ in points] == sorted(t for t, _ in points)
+    assert [t for t, *_ in points] == sorted(t for t, *_ in points)
 
 
 # Moving

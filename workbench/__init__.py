@@ -27,6 +27,7 @@ _HOMES = {
         "ClusterBusy ClusterClosed CollectiveMismatch EngineError GroupError LaunchError LayoutError ModelError RankDeadlock RankError "
         "RankFailed RankInterrupted RankTimeout ReplayError RunError SessionError StaleGroupError WorkbenchError"
     ),
+    "workbench.live": "LiveRun",
     "workbench.plan.layout": "Layout",
     "workbench.plan.lengths": "LengthStats length_stats",
     "workbench.plan.partition": "divide partition_layers split_tensor",

@@ -84,7 +84,8 @@ class LiveRun:
                     self._completions.append(one)
 
     def finish(self, run: Run | None = None, error: str = "") -> None:
-        self.run, self.error = run, error
+        """Nothing more comes; what was set before stays."""
+        self.run, self.error = run or self.run, error or self.error
         self._finished.set()
 
     # -- showing ------------------------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class LiveRun:
             from workbench.view.live_rollout import LiveRollout
 
             widget = LiveRollout(self)
-            widget.show()
+            widget.show(with_picture=False)
             end = widget.close
         else:
             thread = threading.Thread(target=self._print_lines, name="workbench-live-line", daemon=True)

@@ -41,14 +41,16 @@ def followed(live: Live, engine: EngineHandle, sampler: MemorySampler, *, num_st
         if callable(live):
             live(live_run)
         with live_run.shown() if live is True else nullcontext():
-            yield live_run
-            _take(live_run, readers)
-    except BaseException as error:
-        live_run.finish(error=f"{type(error).__name__}: {error}".partition("\n")[0])
-        raise
+            try:
+                yield live_run
+            except BaseException as error:
+                live_run.error = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise
+            finally:
+                live_run.phase = sampler.phase
+                _take(live_run, readers)
     finally:
-        live_run.phase = sampler.phase
-        live_run.finish(live_run.run, live_run.error)
+        live_run.finish()
         thread.join()
         for reader in readers:
             reader.close()

@@ -58,8 +58,9 @@ function timeChart({ layers, looks, rows = [], label, height = 190, onCursor = (
   const back = svgNode("g", {}), areas = layers.map((layer) => svgNode("path", {
     fill: layer.color, stroke: "var(--jp-layout-color1, #FFFFFF)", "stroke-width": 0.5, "clip-path": `url(#${clip})`, "data-layer": layer.name })), front = svgNode("g", {}), spansLayer = svgNode("g", {});
   const cursor = svgNode("line", { y1: TOP, y2: bottom, stroke: "currentColor", "stroke-width": 1, visibility: "hidden", "data-cursor": "" });
-  svg.append(back, ...areas, spansLayer, front, cursor);
-  let data = { times: [], values: [], events: [], asleep: [], spans: [] }, low = 0, high = 1, at = -1, isFollowing = true;
+  const device = svgNode("path", { fill: "none", stroke: "currentColor", "stroke-width": 1.6, "stroke-dasharray": "6 3", "clip-path": `url(#${clip})`, "data-layer": "GPU" });
+  svg.append(back, ...areas, device, spansLayer, front, cursor);
+  let data = { times: [], values: [], device: [], events: [], asleep: [], spans: [] }, low = 0, high = 1, at = -1, isFollowing = true;
 
   const x = (t) => LEFT + (t - low) / (high - low || 1) * (W - LEFT - RIGHT);
   function drawAxes(peak) {
@@ -87,6 +88,8 @@ function timeChart({ layers, looks, rows = [], label, height = 190, onCursor = (
       }
       area.setAttribute("d", times.length ? `M${upper.join("L")}L${lower.reverse().join("L")}Z` : "");
     });
+    const line = data.device.some((mib) => mib) ? times.map((t, k) => `${x(t).toFixed(1)},${(base - data.device[k] / peak * height).toFixed(1)}`) : [];
+    device.setAttribute("d", line.length ? `M${line.join("L")}` : "");
   }
   function drawEvents() {  // names in two rows, those without room are told under the cursor only
     front.replaceChildren();
@@ -126,7 +129,7 @@ function timeChart({ layers, looks, rows = [], label, height = 190, onCursor = (
     [low, high] = window || [times[0] ?? 0, times.at(-1) ?? 1];
     if (high <= low) high = low + 1;
     const inside = values.filter((_, k) => times[k] >= low && times[k] <= high);
-    const peak = 1.06 * Math.max(1, ...inside.map((v) => v.reduce((a, b) => a + b, 0)));
+    const peak = 1.06 * Math.max(1, ...inside.map((v) => v.reduce((a, b) => a + b, 0)), ...data.device.filter((_, k) => times[k] >= low && times[k] <= high));
     drawAxes(peak);
     drawAreas(peak);
     drawSpans();
@@ -142,6 +145,7 @@ function timeChart({ layers, looks, rows = [], label, height = 190, onCursor = (
     cursor.setAttribute("visibility", isFollowing || t < low || t > high ? "hidden" : "visible");
     const parts = layers.map((layer, i) => [layer.name, data.values[at][i] || 0]);
     const total = parts.reduce((sum, [, mib]) => sum + mib, 0);
+    if (data.device[at]) parts.push(["on GPUs (dashed)", data.device[at]]);
     const running = data.spans.filter(([, , begin, end]) => begin <= t && t <= end).map(([row, kind]) => `${rows[row]}: ${kind}`);
     svg.setAttribute("aria-valuemax", data.times.length - 1);
     svg.setAttribute("aria-valuenow", at);

@@ -91,7 +91,7 @@ export default () => {
         if (waits.dataset.of !== next) { const fresh = whoWaits(state.waits); fresh.dataset.of = next; waits.replaceWith(fresh); waits = fresh; }
         told.textContent = state.told || "";
         told.hidden = !state.told;
-        chart.draw({ times: state.memory.map(([t]) => t), values: state.memory.map(([, held]) => held), events: state.events, asleep: state.asleep });
+        chart.draw({ times: state.memory.map(([t]) => t), values: state.memory.map(([, held]) => held), device: state.memory.map(([, , mib]) => mib), events: state.events, asleep: state.asleep });
       }
       for (const [act, button] of Object.entries(buttons)) {
         button.addEventListener("click", () => {

@@ -76,7 +76,10 @@ class LivePanel(MovingWidget):
         cluster.own(self.close)
 
     def news(self) -> dict[str, Any]:
-        snapshot = self.snapshot = self._observer.look()
+        before, snapshot = self.snapshot, self._observer.look()
+        self.snapshot = snapshot
+        if snapshot.cell and snapshot.cell != before.cell:
+            self.told = ""  # of an earlier cell
         self._events = [*self._events, *snapshot.events][-MAX_EVENTS:]
         self._follow_sleep(snapshot)
         self._is_ending = self._is_ending or snapshot.is_closed

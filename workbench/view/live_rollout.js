@@ -34,7 +34,12 @@ export default () => {
   const state = { lengths: [], memory: [], layers: [] }, listeners = new Set();
   function take(news, isAll) {
     if (isAll) Object.assign(state, news);
-    else Object.assign(state, news, { lengths: state.lengths.concat(news.lengths || []), memory: state.memory.concat(news.memory || []) });
+    else {
+      const { lengths, memory } = state;
+      Object.assign(state, news, { lengths, memory });
+      lengths.push(...(news.lengths || []));
+      memory.push(...(news.memory || []));
+    }
     if (state.memory.length > 1200) state.memory = state.memory.filter((_, k) => k % 2 || k > 600);
     listeners.forEach((tell) => tell());
   }
@@ -70,7 +75,7 @@ export default () => {
         el.setAttribute("data-done", Boolean(state.is_done));
         histogram.draw(state.lengths);
         if (names !== state.layers.map((layer) => layer.name).join()) { names = state.layers.map((layer) => layer.name).join(); build(); }
-        chart.draw({ times: state.memory.map(([t]) => t), values: state.memory.map(([, held]) => held) });
+        chart.draw({ times: state.memory.map(([t]) => t), values: state.memory.map(([, held]) => held), device: state.memory.map(([, , mib]) => mib) });
       }
       let isDue = false;
       const soon = () => { if (!isDue) { isDue = true; requestAnimationFrame(() => { isDue = false; draw(); }); } };

@@ -32,7 +32,7 @@ from workbench.view.style import (
 if TYPE_CHECKING:
     from workbench.run import Run
 
-__all__ = ["asleep_stretches", "memory_layers", "plot_memory"]
+__all__ = ["asleep_stretches", "device_total", "memory_layers", "plot_memory"]
 
 GIB, MIB = 2**30, 2**20
 MAX_NAMED_STEPS = 4  # of more, sleeps are shaded only
@@ -58,9 +58,9 @@ def plot_memory(
             return show_empty(ax, "no memory samples to show" if frame.empty else "the processes' memory (PSS) could not be read")
         blocks = rank_blocks(sorted(readable.loc[readable["process"] == "rank", "rank"].unique().tolist()), max_blocks=4 if small else 8)
         layers = memory_layers(readable, blocks)
-        peak = float(max(layers.sum(axis=1).max(), _device_total(frame).max()))
+        peak = float(max(layers.sum(axis=1).max(), device_total(frame).max()))
         unit, unit_name = (GIB, "GiB") if peak >= GIB else (MIB, "MiB")
-        handles = _draw_layers(ax, layers / unit, blocks) + _draw_device(ax, _device_total(frame) / unit)
+        handles = _draw_layers(ax, layers / unit, blocks) + _draw_device(ax, device_total(frame) / unit)
         handles += _shade_sleep(ax, asleep_stretches(spans, since_s=float(layers.index[0]), until_s=float(layers.index[-1])))
         ax.set_xlim(layers.index[0], layers.index[-1])
         ax.set_ylim(0, peak / unit * 1.08)
@@ -94,7 +94,7 @@ def _draw_layers(ax: Axes, layers: pd.DataFrame, blocks: Sequence[RankBlock]) ->
     return [Patch(facecolor=color, label=str(name)) for name, color in zip(layers, colors, strict=True)]
 
 
-def _device_total(frame: pd.DataFrame) -> pd.Series[float]:
+def device_total(frame: pd.DataFrame) -> pd.Series[float]:
     """Device memory of all processes over time, bytes."""
     wide = frame.pivot_table(index="time_s", columns="pid", values="device_used_bytes", aggfunc="last")
     return wide.interpolate(method="index", limit_area="inside").fillna(0.0).sum(axis=1)

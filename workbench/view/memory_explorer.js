@@ -31,7 +31,7 @@ function render({ model, el }) {
     const chosen = scene.steps.find(([k]) => String(k) === step.value);
     const all = [Math.min(0, scene.times[0]), Math.max(scene.times.at(-1), ...scene.spans.map(([, , , end]) => end))];
     const begin = Math.min(...scene.spans.map(([, , start]) => start), Infinity), end = Math.max(...scene.spans.map(([, , , e]) => e), -Infinity);
-    chart.draw({ times: scene.times, values: scene.values, events: scene.events, asleep: scene.asleep, spans: scene.spans, begin, end }, chosen ? [chosen[1], chosen[2]] : all);
+    chart.draw({ times: scene.times, values: scene.values, device: scene.device, events: scene.events, asleep: scene.asleep, spans: scene.spans, begin, end }, chosen ? [chosen[1], chosen[2]] : all);
     el.dataset.window = step.value;
   }
   step.addEventListener("change", paint);

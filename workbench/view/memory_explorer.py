@@ -13,7 +13,7 @@ import traitlets
 from anywidget import AnyWidget
 from numpy.typing import NDArray
 
-from workbench.view.memory import asleep_stretches, memory_layers, plot_memory
+from workbench.view.memory import asleep_stretches, device_total, memory_layers, plot_memory
 from workbench.view.moving import read_scripts
 from workbench.view.report import sleep_words
 from workbench.view.stacked import stacked_axes
@@ -65,7 +65,7 @@ def memory_explorer(run: Run) -> MemoryExplorer:
 
 def scene_of(run: Run) -> dict[str, Any]:
     """What the page draws from, as plain JSON values: memory in MiB, times in seconds since the run's start."""
-    layers, times, held = _stack(run)
+    layers, times, held, device = _stack(run)
     asleep = asleep_stretches(run.timeline, since_s=times[0], until_s=times[-1]) if times else []
     spans = [span for span in run.spans if span.span != "mark"]
     ranks = sorted({span.rank for span in spans})
@@ -73,6 +73,7 @@ def scene_of(run: Run) -> dict[str, Any]:
         "layers": layers,
         "times": times,
         "values": held,
+        "device": device,
         "rows": ["engine" if rank < 0 else f"rank {rank}" for rank in ranks],
         "spans": [[ranks.index(s.rank), s.span, round(s.start_s - run.start_s, 3), round(s.end_s - run.start_s, 3)] for s in spans],
         "steps": _steps(run),
@@ -83,18 +84,20 @@ def scene_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _stack(run: Run) -> tuple[list[dict[str, str]], list[float], list[list[float]]]:
-    """Layers from the lowest, times [num_times] and MiB [num_times][num_layers]."""
+def _stack(run: Run) -> tuple[list[dict[str, str]], list[float], list[list[float]], list[float]]:
+    """Layers from the lowest, times [num_times], MiB [num_times][num_layers], MiB on GPUs [num_times]."""
     readable = run.memory[run.memory["pss_bytes"] > 0]
     if readable.empty:
-        return [], [], []
+        return [], [], [], []
     blocks = rank_blocks(sorted(readable.loc[readable["process"] == "rank", "rank"].unique().tolist()))
     table = memory_layers(readable, blocks)
     table = table.iloc[:: max(1, math.ceil(len(table) / MAX_POINTS))]
+    device = device_total(run.memory).reindex(table.index, method="nearest")
     table = _with_parts(table, run)
     colors = PROCESS_COLORS | PART_COLORS | {block.label: block.color for block in blocks}
     layers = [{"name": str(name), "color": colors.get(str(name), "#A6A6A6")} for name in table]
-    return layers, [round(float(t), 3) for t in table.index], (table.to_numpy() / MIB).round(2).tolist()
+    times = [round(float(t), 3) for t in table.index]
+    return layers, times, (table.to_numpy() / MIB).round(2).tolist(), (device.to_numpy() / MIB).round(1).tolist()
 
 
 def _with_parts(table: pd.DataFrame, run: Run) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Memory samples turned into what a page stacks: layers, and points [seconds, MiB of each layer]; bounded, ever coarser further back."""
+"""Memory samples turned into what a page draws: layers and points; bounded, ever coarser further back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["MemoryHistory", "Point"]
 MIB = 2**20
 MAX_POINTS = 1200  # of 720 pixels
 
-Point = tuple[float, list[float]]
+Point = tuple[float, list[float], float]  # seconds, MiB (PSS) of each layer, MiB on GPUs of all processes
 
 
 class MemoryHistory:
@@ -62,4 +62,5 @@ class MemoryHistory:
         for sample in tick:
             layer = place[sample.rank] if sample.process == "rank" else 0 if sample.process == "engine" else -1
             held[layer] += sample.pss_bytes / MIB
-        return round(tick[0].time_s - self._start_s, 2), [round(mib, 1) for mib in held]
+        device = sum(sample.device_used_bytes for sample in tick) / MIB
+        return round(tick[0].time_s - self._start_s, 2), [round(mib, 1) for mib in held], round(device, 1)

@@ -131,11 +131,11 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
 
     # -- showing ------------------------------------------------------------------------------------------------------------------------
 
-    def show(self) -> None:
-        """Display it here and begin to move."""
+    def show(self, *, with_picture: bool = True) -> None:
+        """Display it here and begin to move; the picture takes some 0.2 s, and can be left to the end."""
         self.start()
         self._display_id = self._display_id or f"workbench-{uuid.uuid4().hex}"
-        data, metadata = self._repr_mimebundle_()
+        data, metadata = self._repr_mimebundle_() if with_picture else self._widget_bundle()
         display(data, metadata=metadata, raw=True, display_id=self._display_id)
 
     def _ipython_display_(self) -> None:
@@ -146,9 +146,12 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
             data, metadata = self._repr_mimebundle_()
             update_display(data, metadata=metadata, raw=True, display_id=self._display_id)
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
+    def _widget_bundle(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         bundle = super()._repr_mimebundle_(**options)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
+        return bundle if isinstance(bundle, tuple) else (bundle or {}, {})
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        data, metadata = self._widget_bundle(**options)
         png, words = self.picture()
         return {**data, "image/png": b64encode(png).decode("ascii"), "text/plain": words}, metadata
 
