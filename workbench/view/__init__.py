@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.view.collective import plot_collective
+    from workbench.view.idle import plot_idle
     from workbench.view.layout import plot_layout
     from workbench.view.layout_explorer import layout_explorer
     from workbench.view.length_explorer import length_explorer
@@ -30,6 +31,7 @@ __all__ = [
     "live_rollout",
     "memory_explorer",
     "plot_collective",
+    "plot_idle",
     "plot_layout",
     "plot_lengths",
     "plot_memory",
@@ -44,6 +46,7 @@ _HOME_OF = {
     "live_rollout": "workbench.view.live_rollout",
     "memory_explorer": "workbench.view.memory_explorer",
     "plot_collective": "workbench.view.collective",
+    "plot_idle": "workbench.view.idle",
     "plot_layout": "workbench.view.layout",
     "plot_lengths": "workbench.view.lengths",
     "plot_memory": "workbench.view.memory",

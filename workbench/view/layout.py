@@ -25,9 +25,7 @@ NUM_COLORS = 32
 Indices = NDArray[np.int64]
 
 
-def plot_layout(
-    layout: Layout, *, color_by: str = "tp", ax: Axes | None = None, size: tuple[float, float] | None = None
-) -> Axes:
+def plot_layout(layout: Layout, *, color_by: str = "tp", ax: Axes | None = None, size: tuple[float, float] | None = None) -> Axes:
     """Ranks as a grid, those of one group in one colour: tp inside pipeline stages across, dp inside external_dp down.
 
     Up to 64 ranks each cell has its rank's number and its group's letter; in larger worlds a frame marks the group of rank 0.
