@@ -81,8 +81,11 @@ def find_cluster(pid: int | None) -> LiveCluster:
 
 
 @contextmanager
-def connect(cluster: LiveCluster) -> Iterator[Callable[..., dict[str, Any]]]:
+def connect(cluster: LiveCluster, *, timeout_s: float | None = None) -> Iterator[Callable[..., dict[str, Any]]]:
     """A way to ask a cluster's door.
+
+    Args:
+        timeout_s: the longest wait for an answer; a driver that is paused, or in native code, gives none.
 
     Raises:
         WorkbenchError: it does not answer.
@@ -92,7 +95,7 @@ def connect(cluster: LiveCluster) -> Iterator[Callable[..., dict[str, Any]]]:
             sock.settimeout(_CONNECT_S)
             sock.connect(str(cluster.folder / SOCKET))
             sock.sendall((cluster.folder / TOKEN).read_bytes())
-            sock.settimeout(None)
+            sock.settimeout(timeout_s)
         except OSError as error:
             raise WorkbenchError(
                 f"the driver {cluster.driver_pid} does not answer: {error}\nits socket is {cluster.folder / SOCKET}\n"
@@ -102,6 +105,12 @@ def connect(cluster: LiveCluster) -> Iterator[Callable[..., dict[str, Any]]]:
         def asks(**question: Any) -> dict[str, Any]:
             try:
                 return ask(sock, **question)
+            except TimeoutError as error:
+                raise WorkbenchError(
+                    f"the driver {cluster.driver_pid} gave no answer within {timeout_s:g} s\n"
+                    "it is paused, or runs native code that lets no other thread run\n"
+                    f"py-spy dump --pid {cluster.driver_pid} shows where it is"
+                ) from error
             except OSError as error:
                 raise WorkbenchError(
                     f"the driver {cluster.driver_pid} hung up: {error}\nit has ended, or another user runs it\nattach again"

@@ -1,8 +1,8 @@
-"""`workbench doctor`: what of ours was left behind, and whether this machine can run ranks and engines.
+"""`workbench doctor`: what of ours was left behind, whether this machine will do, and who waits for whom in clusters that are up.
 
-Every cluster's private folder holds owner.json: its driver and fork servers by pid and start time. Only what stands there is ours; a pid
-that was given to another process since has another start time and is never touched. Knows folders, processes and limits. Does not know
-cells."""
+Every private folder of ours holds owner.json, the journal: the process that made it and its fork servers, by pid and start time. Only what
+stands there is ours; a pid that was given to another process since has another start time and is never touched. Knows folders, processes
+and limits. Does not know cells."""
 
 from __future__ import annotations
 
@@ -21,16 +21,25 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["Check", "Leftover", "check_machine", "find_leftovers", "main", "remove", "write_owner"]
+from workbench.errors import WorkbenchError
+from workbench.ranks.forkserver import FOLDER_VARIABLE
+
+__all__ = ["Check", "Leftover", "check_machine", "find_leftovers", "main", "own_folder", "remove", "write_owner"]
 
 PREFIX = "workbench-"
 _OWNER = "owner.json"
 _GIB = 2**30
+_ANSWER_LIMIT_S = 30.0  # native stacks of many ranks take seconds
+_OPEN = """\
+open on loopback: gloo and the TCPStore talk without passwords: who can log in to this machine can reach them,
+  join the rendezvous of a group and read or change what it sends; where that matters, use a machine of your own
+closed to others: control channels, engines, tapes, sessions and folders (0700, a token); objects that our own
+  operations carry are signed"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leftover:
-    """A cluster's folder whose driver is gone, and processes of it that still live (pids)."""
+    """A folder of a cluster or engine whose process is gone, and processes of it that still live (pids)."""
 
     folder: Path
     driver_pid: int
@@ -47,9 +56,21 @@ class Check:
 
 
 def write_owner(folder: Path, server_pids: Sequence[int]) -> None:
-    """Say in a cluster's folder who made it."""
+    """Say in a folder who made it."""
     owner = {"driver": _identity(os.getpid()), "servers": [_identity(pid) for pid in server_pids]}
     (folder / _OWNER).write_text(json.dumps(owner))
+
+
+def own_folder(kind: str) -> Path:
+    """A private folder "workbench-KIND-..." for what this process keeps.
+
+    In a rank or engine of a cluster it lies in the cluster's, which goes with the driver; elsewhere the doctor finds it once this process
+    is gone.
+    """
+    cluster = os.environ.get(FOLDER_VARIABLE, "")
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=cluster if os.path.isdir(cluster) else None))
+    write_owner(folder, [])
+    return folder
 
 
 def find_leftovers(root: Path | None = None) -> list[Leftover]:
@@ -113,7 +134,6 @@ def _loopback() -> Check:
 
 
 def _gloo() -> Check:
-    from workbench.errors import WorkbenchError
     from workbench.ranks.launch import launch
 
     try:
@@ -177,29 +197,76 @@ def _disk() -> Check:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`workbench doctor [--clean]`: exit code 1 where something needs a remedy or was left behind."""
+    """`workbench doctor [--clean] [--attach [PID]]`: exit code 1 where something needs a remedy or was left behind."""
+    parser = argparse.ArgumentParser(prog="workbench doctor", description="What was left behind, and whether this machine will do.")
+    parser.add_argument("--clean", action="store_true", help="end leftover processes of ours and remove their folders")
+    parser.add_argument(
+        "--attach",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="PID",
+        help="only tell who waits for whom in the clusters that are up: of the driver PID (a notebook's kernel, a script), or of all",
+    )
+    parser.add_argument("--native", action="store_true", help="with --attach: native stacks of all ranks that run (py-spy; seconds)")
+    arguments = parser.parse_args(argv)
+    if arguments.attach is not None:
+        return _tell_live_clusters(arguments.attach or None, native=arguments.native)
+    checks = check_machine()
+    is_left = _tell(checks, is_cleaning=arguments.clean)
+    return int(any(check.remedy for check in checks) or (is_left and not arguments.clean))
+
+
+def _tell(checks: Sequence[Check], *, is_cleaning: bool) -> bool:
+    """Print what was found; whether something of ours was left."""
     from rich.console import Console
     from rich.table import Table
 
-    parser = argparse.ArgumentParser(prog="workbench doctor", description="What was left behind, and whether this machine will do.")
-    parser.add_argument("--clean", action="store_true", help="end leftover processes of ours and remove their folders")
-    arguments = parser.parse_args(argv)
+    from workbench.ranks.attach import live_clusters
+
     console = Console()
     table = Table("looked at", "seen", "remedy", title="this machine")
-    checks = check_machine()
     for check in checks:
         table.add_row(check.what, check.seen, check.remedy or "well")
     console.print(table)
+    for cluster in live_clusters():
+        console.print(f"up: the cluster of process {cluster.driver_pid}; workbench doctor --attach {cluster.driver_pid} looks into it")
     leftovers = find_leftovers()
     for leftover in leftovers:
         lives = f", processes {list(leftover.pids)}" if leftover.pids else ""
-        console.print(f"left by driver {leftover.driver_pid}: {leftover.folder}{lives}")
-        if arguments.clean:
+        console.print(f"left by process {leftover.driver_pid}: {leftover.folder}{lives}")
+        if is_cleaning:
             remove(leftover)
     if leftovers:
-        console.print("removed" if arguments.clean else "workbench doctor --clean removes them")
+        console.print("removed" if is_cleaning else "workbench doctor --clean removes them")
     else:
         console.print("nothing of ours was left behind")
-    console.print("ranks talk over loopback without passwords: who can log in to this machine can reach them")
+    print(_OPEN)
     sys.stdout.flush()
-    return int(any(check.remedy for check in checks) or (bool(leftovers) and not arguments.clean))
+    return bool(leftovers)
+
+
+def _tell_live_clusters(pid: int | None, *, native: bool) -> int:
+    """Print each cluster's ranks and who waits for whom; 1 where one does not answer.
+
+    Raises:
+        WorkbenchError: there is none.
+    """
+    from workbench.ranks.attach import connect, find_cluster, live_clusters
+
+    code = 0
+    for cluster in [find_cluster(pid)] if pid is not None else live_clusters() or [find_cluster(None)]:
+        print(f"cluster of process {cluster.driver_pid}, {cluster.folder}")
+        try:
+            with connect(cluster, timeout_s=_ANSWER_LIMIT_S) as asks:
+                status = asks(verb="status")
+                print(status.get("cluster", status.get("error", "")))
+                for rank in status.get("ranks", []):
+                    in_cell = f"cell {rank['cell']} " if rank["cell"] is not None else ""
+                    print(f"  rank {rank['rank']} (pid {rank['pid']}): {rank['state']} {in_cell}{rank['waits_in']}".rstrip())
+                answer = asks(verb="diagnose", native=native)
+                print(answer.get("text", answer.get("error", "")), flush=True)
+        except WorkbenchError as error:
+            print(error, file=sys.stderr)
+            code = 1
+    return code

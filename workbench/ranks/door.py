@@ -86,7 +86,7 @@ class Door:
             return {"error": "the cluster is closed"}
         verbs: dict[str, Callable[[], dict[str, Any]]] = {
             "status": lambda: {"ranks": [asdict(status) for status in cluster.status()], "cluster": repr(cluster)},
-            "diagnose": lambda: {"text": str(cluster.diagnose())},
+            "diagnose": lambda: {"text": str(cluster.diagnose(native=True if asked.get("native") else None))},
             "look": lambda: _look(cluster, int(asked["rank"])),
             "run": lambda: _run(cluster, int(asked["rank"]), str(asked["source"]), sock),
         }

@@ -3,15 +3,18 @@
     driver --(socket pair: Spawn + descriptors)--> server --fork--> child: environment, descriptors 0-2, entry(config, fds)
     driver <--(Spawned pid, Exited pid status)---- server
 
-Run as `main([FD, MODULE...])`. It only imports and forks: one large torch operation here and a child's first would hang in libgomp. It
-forks from its main thread (parent-death signals follow the thread), has no other thread, reaps its children, and ends all of them and
-itself when the driver's end closes. Knows processes. Does not know what the children do."""
+Run as `main([FD, DRIVER, MODULE...])`. It only imports and forks: one large torch operation here and a child's first would hang in libgomp.
+It forks from its main thread (parent-death signals follow the thread), has no other thread by then, reaps its children, and ends all of
+them and itself when the driver's end closes. Knows processes. Does not know what the children do."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
+import glob
 import importlib
+import json
 import os
 import pickle
 import select
@@ -20,6 +23,9 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
+import threading
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +36,7 @@ _SIZE = struct.Struct("<Q")
 _MAX_FDS = 16
 FOLDER_VARIABLE = "WORKBENCH_FOLDER"  # names a child's cluster folder, which ends with the driver
 _PR_SET_PDEATHSIG = 1
+_ORPHANED_WITHIN_S = 1.0
 _libc = ctypes.CDLL(None)
 
 
@@ -49,6 +56,11 @@ class Spawn:
     folder: str
     path: tuple[str, ...]
     num_fds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The driver lets go of the server on purpose, and looks after its folders itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +110,47 @@ def _read(sock: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
+class _Watch:
+    """While the server imports, which takes seconds: ends it when the driver goes. Its thread is gone before the first fork."""
+
+    def __init__(self, sock: socket.socket, driver: int) -> None:
+        self._reading, self._writing = os.pipe()
+        self._thread = threading.Thread(target=self._wait, args=(sock, driver), daemon=True)
+        self._thread.start()
+
+    def _wait(self, sock: socket.socket, driver: int) -> None:
+        poll = select.poll()
+        poll.register(sock, select.POLLRDHUP)  # not what is asked: that waits
+        poll.register(self._reading, select.POLLIN)
+        if any(fd == sock.fileno() for fd, _ in poll.poll()):
+            _remove_folders_of(driver)
+            os._exit(0)
+
+    def end(self) -> None:
+        os.write(self._writing, b"x")
+        self._thread.join()
+        os.close(self._reading)
+        os.close(self._writing)
+
+
+def _remove_folders_of(driver: int) -> None:
+    """Remove private folders of a driver that was killed; those of one that lives are its own affair."""
+    limit = time.monotonic() + _ORPHANED_WITHIN_S
+    while os.getppid() == driver:  # a process closes its sockets a moment before it is gone
+        if time.monotonic() > limit:
+            return
+        time.sleep(0.01)
+    for journal in glob.glob(os.path.join(tempfile.gettempdir(), "workbench-*", "owner.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(journal, encoding="utf-8") as file:
+            if json.load(file)["driver"]["pid"] == driver:
+                shutil.rmtree(os.path.dirname(journal), ignore_errors=True)
+
+
 class _Server:
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, driver: int) -> None:
         self.sock = sock
+        self.driver = driver
+        self.is_let_go = False
         self.children: set[int] = set()
         self.folders: set[str] = set()  # of clusters whose ranks were started here
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -117,7 +167,8 @@ class _Server:
                     self.reap()
                 if self.sock.fileno() in ready:
                     request = read_frame(self.sock)
-                    if request is None:
+                    self.is_let_go = request is not None and isinstance(request[0], Leave)
+                    if request is None or self.is_let_go:
                         return
                     self.spawn(*request)
         except (ConnectionError, BrokenPipeError):
@@ -155,6 +206,8 @@ class _Server:
             os.waitpid(pid, 0)
         for folder in self.folders:  # gone already unless the driver was killed
             shutil.rmtree(folder, ignore_errors=True)
+        if not self.is_let_go:
+            _remove_folders_of(self.driver)
 
 
 def _child(server: _Server, request: Spawn, fds: list[int]) -> None:
@@ -200,9 +253,11 @@ def _take_descriptors(out: int, err: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    sock = socket.socket(fileno=int(argv[0]))
-    for name in argv[1:]:
+    sock, driver = socket.socket(fileno=int(argv[0])), int(argv[1])
+    watch = _Watch(sock, driver)
+    for name in argv[2:]:
         importlib.import_module(name)
+    watch.end()
     torch = sys.modules.get("torch")  # absent in a server that leaves the import to its children (spawn)
     if torch is not None and torch.cuda.is_initialized():
         write_frame(
@@ -211,4 +266,4 @@ def main(argv: list[str]) -> None:
         return
     gc.collect()
     gc.freeze()  # children then do not touch (and so copy) the pages of what is imported
-    _Server(sock).serve()
+    _Server(sock, driver).serve()

@@ -64,6 +64,7 @@ class Processes:
         self.marks: list[tuple[float, str]] = []
         self.observed: list[Observed] = []  # engines of this cluster, for live views
         self.folder = Path(tempfile.mkdtemp(prefix="workbench-"))  # mkdtemp makes it 0700
+        write_owner(self.folder, [])  # at once: from here on it is known to be ours
         self.tape_folder = self.folder / "tapes"
         if options.records_failures:
             self.tape_folder.mkdir(mode=0o700)

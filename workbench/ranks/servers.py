@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from workbench.errors import LaunchError
-from workbench.ranks.forkserver import Exited, Spawn, Spawned, read_frame, write_frame
+from workbench.ranks.forkserver import Exited, Leave, Spawn, Spawned, read_frame, write_frame
 
 __all__ = ["ForkServer", "describe_exit", "fork_server"]
 
@@ -46,7 +46,7 @@ class ForkServer:
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, str(theirs.fileno()), *preload],
+            [sys.executable, "-c", _COMMAND, str(theirs.fileno()), str(os.getpid()), *preload],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -128,6 +128,7 @@ class ForkServer:
     def close(self) -> None:
         """End the server and all its children."""
         with contextlib.suppress(OSError):
+            write_frame(self._sock, Leave())
             self._sock.shutdown(socket.SHUT_RDWR)  # wakes our thread too, which closing alone does not
         try:
             self._process.wait(5)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench import models
 from workbench.errors import ClusterClosed, EngineError
+from workbench.ranks.forkserver import FOLDER_VARIABLE
 from workbench.ranks.history import as_one_call
 from workbench.ranks.progress import Progress
 from workbench.ranks.servers import describe_exit, fork_server
@@ -157,6 +158,7 @@ class _Starter:
         environment |= _ENVIRONMENT | {
             "GLOO_SOCKET_IFNAME": "lo",
             "VLLM_HOST_IP": "127.0.0.1",
+            FOLDER_VARIABLE: str(self.folder),  # what it leaves goes with the cluster
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "0"),
         }
         ended: list[int] = []

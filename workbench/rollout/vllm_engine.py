@@ -10,7 +10,7 @@ import atexit
 import difflib
 import logging
 import os
-import tempfile
+import shutil
 import time
 import warnings
 import weakref
@@ -25,6 +25,7 @@ import torch
 
 from workbench import models
 from workbench.errors import EngineError
+from workbench.ranks.doctor import own_folder
 from workbench.records import FinishReason, Prompt, Sampling
 from workbench.rollout.batch import Completion
 from workbench.rollout.checkpoint import Checkpoint
@@ -310,7 +311,7 @@ class VLLMEngine(LocalEngine):
             logging.getLogger("vllm").removeHandler(log)
             log.close()
         if self._owns_log:
-            self._log_path.unlink(missing_ok=True)
+            shutil.rmtree(self._log_path.parent, ignore_errors=True)
         self._is_started = False
         tidy()
 
@@ -336,12 +337,10 @@ def _group_of(process_group: Any, tp: int) -> Any:
 
 
 def _log_file(path: str | os.PathLike[str] | None) -> tuple[Path, bool]:
-    """Where the log goes, and whether it is ours to remove."""
+    """Where the log goes, and whether its folder is ours to remove."""
     if path is not None:
         return Path(path), False
-    number, name = tempfile.mkstemp(prefix="workbench-engine-", suffix=".log")
-    os.close(number)
-    return Path(name), True
+    return own_folder("engine") / "engine.log", True
 
 
 def _device(wanted: str) -> str:
