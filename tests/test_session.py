@@ -13,6 +13,7 @@ import torch
 
 import workbench as wb
 from workbench.cli import main
+from workbench.ranks import history
 from workbench.ranks import session as sessions
 from workbench.ranks.cluster import Cluster
 from workbench.ranks.digest import digest_of
@@ -179,6 +180,14 @@ def test_other_versions_are_listed(copy):
         ),
         (lambda path: path.write_text("[1, 2]"), "is no session that workbench .* reads\nits format is 'list'"),
         (lambda path: rewrite(path, lambda session: session.pop("layout")), "is damaged: TypeError: .*'layout'"),
+        (
+            lambda path: rewrite(path, lambda session: session["launch"].update(world_size=0)),
+            "cannot be launched as it says: world_size is 0",
+        ),
+        (
+            lambda path: rewrite(path, lambda session: session["launch"].update(ranks=2)),
+            "cannot be launched as it says: .*'ranks'\nit says",
+        ),
         (lambda path: path.write_text(json.dumps({"format": "workbench session 1"})), "is damaged: KeyError: 'session'"),
     ],
 )
@@ -186,6 +195,28 @@ def test_a_file_that_is_no_good_is_told(copy, change, told):
     change(copy)
     with pytest.raises(wb.SessionError, match=told):
         wb.reproduce(copy)
+
+
+def test_a_cell_that_cannot_be_run_is_noted_and_the_others_run(copy):
+    def spoil(session):
+        session["entries"] = session["entries"][:3]
+        session["entries"][0]["task"] = "dance"
+        session["entries"][2]["value"] = "gone"
+
+    rewrite(copy, spoil)
+    with wb.reproduce(copy) as cluster:
+        assert cluster.report is not None and cluster.report.num_cells == 1 and cluster.pull("drawn.numel()") == [2, 2]
+        assert cluster.report.notes[:2] == ("cell 1 could not be run: KeyError: 'dance'", "cell 3 could not be run: KeyError: 'gone'")
+
+
+def test_a_history_has_an_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(history, "_MOST_OUTPUTS", 3)
+    with wb.launch(2) as cluster:
+        for number in range(4):
+            cluster.execute(f"x = {number}")
+        session = sessions.read_session(cluster.save_session(tmp_path / "session.json"))
+    assert [entry.text for entry in session.entries] == ["x = 0", "x = 1"]
+    assert session.notes == ("2 cells after the first 2 are not in this session",)
 
 
 def test_a_file_of_somebody_elses_is_not_overwritten(tmp_path):
@@ -208,7 +239,10 @@ def test_values_too_large_for_a_session_are_named(tmp_path):
     assert path.stat().st_size < 100_000
     with wb.reproduce(path) as cluster:
         assert cluster.report is not None
-        assert "cell 1, push: 19 MiB are more than a session keeps" in cluster.report.notes
+        assert cluster.report.notes[:2] == (
+            "cell 1, push: 19 MiB are more than a session keeps",
+            "cell 1 could not be run: WorkbenchError: push was not kept: 19 MiB are more than a session keeps",
+        )
         assert cluster.report.first is not None and "NameError: name 'large' is not defined" in cluster.report.first.now
 
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["History", "Made", "as_one_call", "plain"]
 
-_MOST_ENTRIES = 20_000
+_MOST_OUTPUTS = 100_000  # of one rank in one cell; about 50 MB
+_MOST_SHOWN_BYTES = 1 << 24
 _LARGEST_VALUE = 1 << 24
 _MOST_VALUE_BYTES = 1 << 27
 _LARGEST_SHOWN = 1 << 12  # a result of at most so many bytes is kept as text, too
@@ -52,6 +53,8 @@ class History:
         self.values: dict[str, Packed] = {}
         self.num_left_out = 0
         self._num_bytes = 0
+        self._num_shown_bytes = 0
+        self._num_outputs = 0
         self._place: dict[int, int] = {}  # number of a cell that runs -> its place in entries
         self._shown: dict[tuple[int, int], Packed] = {}  # (place, rank) -> a small result
         self._depth = 0  # of calls that stand for their cells
@@ -61,9 +64,10 @@ class History:
         """A cell begins."""
         if task == Task.HOUSE or self._depth:
             return
-        if len(self.entries) >= _MOST_ENTRIES:
+        if self._num_outputs >= _MOST_OUTPUTS:
             self.num_left_out += 1
             return
+        self._num_outputs += max(1, len(ranks))
         key, unkept = self._keep(value)
         self._place[number] = len(self.entries)
         self.entries.append(
@@ -156,7 +160,9 @@ class History:
             return Output(rank=rank, outcome="died", text=_cut(str(cell.deaths.get(rank, "")).partition("\n")[0]))
         packed = cell.values.get(rank)
         if cell.task in (Task.CALL, Task.PULL) and packed is not None and packed.num_bytes <= _LARGEST_SHOWN:
-            self._shown[place, rank] = packed
+            self._num_shown_bytes += packed.num_bytes
+            if self._num_shown_bytes <= _MOST_SHOWN_BYTES:
+                self._shown[place, rank] = packed
         error = done.error
         return Output(
             rank=rank,

@@ -454,5 +454,9 @@ def main(argv: Sequence[str]) -> int:
     ended = (
         "the tape ends there: its rank was killed" if replayed.is_cut_short else "every collective gave and was given what the tape says"
     )
+    if replayed.freed_from:
+        ended = f"it waited in {replayed.freed_from} when its cell was stopped"
+    for told in replayed.differing_results:
+        print(f"a result differs in {told}")
     print(f"rank {arguments.rank}: {len(replayed.collectives)} collectives replayed; {ended}")
     return 0

@@ -11,13 +11,13 @@ import argparse
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from workbench.environment import describe_environment
-from workbench.errors import RankError, WorkbenchError
+from workbench.errors import RankError, SessionError, WorkbenchError
 from workbench.ranks.channel import unpack
 from workbench.ranks.cluster import Cluster
 from workbench.ranks.history import Made, plain
@@ -108,7 +108,7 @@ def reproduce(path: str | Path, *, trust: bool = False) -> Cluster:
         LaunchError: ranks did not start.
     """
     session = read_session(path, trust=trust)
-    cluster = launch(**session.launch)
+    cluster = _launch(session, Path(path))
     try:
         runner = _Runner(cluster, session)
         runner.run()
@@ -129,6 +129,15 @@ def reproduce(path: str | Path, *, trust: bool = False) -> Cluster:
     )
     print(cluster.report)
     return cluster
+
+
+def _launch(session: Session, path: Path) -> Cluster:
+    try:
+        return launch(**session.launch)
+    except (TypeError, ValueError) as error:
+        raise SessionError(
+            f"{path} cannot be launched as it says: {error}\nit says {dict(session.launch)}\nsave it again: cluster.save_session(path)"
+        ) from error
 
 
 def compare(pairs: Sequence[tuple[Entry, Entry]]) -> tuple[list[Difference], int, int, list[str]]:
@@ -206,23 +215,24 @@ class _Runner:
         self._cluster = cluster
         self._session = session
         self._made: dict[int, Any] = {}
-        self._faults = ExitStack()
+        self._faults: list[AbstractContextManager[None]] = []
         self.places: list[tuple[Entry, int]] = []
         self.notes: list[str] = []
 
     def run(self) -> None:
-        with self._faults:
-            for number, entry in enumerate(self._session.entries):
-                place = len(self._cluster.history.entries)
-                try:
-                    self._perform(number, entry)
-                except RankError:
-                    pass  # it stands in the history, and is compared there
-                except Exception as error:
-                    if len(self._cluster.history.entries) == place:
-                        self.notes.append(f"cell {number + 1} could not be run: {str(error).partition(chr(10))[0]}")
-                if len(self._cluster.history.entries) > place:
-                    self.places.append((entry, place))
+        for number, entry in enumerate(self._session.entries):
+            place = len(self._cluster.history.entries)
+            try:
+                self._perform(number, entry)
+            except RankError:
+                pass  # it stands in the history, and is compared there
+            except Exception as error:  # of the session's own code: classes that are not here, an engine that does not start
+                if len(self._cluster.history.entries) == place:
+                    self.notes.append(f"cell {number + 1} could not be run: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            if len(self._cluster.history.entries) > place:
+                self.places.append((entry, place))
+        while self._faults:
+            self._end_faults()
 
     def _perform(self, number: int, entry: Entry) -> None:
         cluster = self._cluster
@@ -240,10 +250,18 @@ class _Runner:
             "kill": lambda: cluster.kill(ranks[0]),
             "respawn": lambda: cluster.respawn(ranks[0]),
             "restart": cluster.restart,
-            "inject": lambda: self._faults.enter_context(cluster.inject(*value)),
-            "end inject": self._faults.close,
+            "inject": lambda: self._begin_faults(value),
+            "end inject": self._end_faults,
         }
         verbs[entry.task]()
+
+    def _begin_faults(self, faults: Any) -> None:
+        armed = self._cluster.inject(*faults)
+        armed.__enter__()
+        self._faults.append(armed)
+
+    def _end_faults(self) -> None:
+        self._faults.pop().__exit__(None, None, None)
 
     def _call(self, value: Any, ranks: list[int], limit_s: float | None) -> None:
         from workbench.ranks.forming import use_layout

@@ -113,6 +113,8 @@ def _dump(names: Mapping[str, Any], namespace: dict[str, Any], most_bytes: int |
 def files_of_modules(known: set[str]) -> dict[str, int]:
     """file -> checksum of the user's own modules that were imported since; `known` names all modules seen so far and is updated."""
     found: dict[str, int] = {}
+    if len(sys.modules) == len(known):
+        return found
     new = [(name, module) for name, module in list(sys.modules.items()) if name not in known]
     known.update(name for name, _ in new)
     for _, module in new:
