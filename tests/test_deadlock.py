@@ -308,6 +308,24 @@ def test_an_interrupt_beside_ranks_inside_gloo_is_an_interrupt():
             assert_well(cluster)
 
 
+def test_a_rank_that_waits_in_an_engines_own_group_is_freed_and_keeps_its_names():
+    with wb.launch(2) as cluster:
+        cluster.execute(
+            "import time\nengine = wb.current().process.interceptor.engine_groups\nkept = rank\n"
+            "with engine(): own = dist.new_group([0, 1])\ndist.barrier(group=own)"
+        )
+        pids = [cluster.pid(r) for r in range(2)]
+        cell = "with engine(): time.sleep(60) if rank else dist.barrier(group=own)"  # not watched: it waits inside gloo
+        stopped(cluster, cell, wb.RankTimeout, timeout_s=0.3)
+        assert [cluster.pid(r) for r in range(2)] == pids and cluster.pull("kept") == [0, 1]
+        assert_well(cluster)
+
+
+def test_what_an_engine_says_of_a_stop_is_no_failure(cluster):
+    cell = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: raise wb.EngineError('vLLM failed in generate')"
+    stopped(cluster, cell, wb.RankTimeout, timeout_s=0.3)
+
+
 def test_many_groups_and_many_stops_hold_no_descriptors():
     def num_descriptors():
         import gc

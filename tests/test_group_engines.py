@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -108,3 +109,22 @@ def test_our_groups_work_before_between_and_after_the_calls_of_engines_in_ranks(
             assert one["gathered"][0] == one["gathered"][1] == one["again"] and len(one["again"]) == 4
         assert cluster.run(formed_beside_one, timeout_s=200) == [[[2.0] * 3, True, 1], [[2.0] * 3, True, 0]]
         assert cluster.execute("group.all_gather_object(rank)")[0].result_text == "[0, 1]" and cluster.generation == 0
+        stopped_in_generate(cluster)  # and its files go with the cluster
+
+
+LEFT_OPEN = f"engine = wb.VLLMEngine('tiny', tp=2, process_group=group, kv_cache_bytes={KV_BYTES}); kept = rank"
+GENERATE = "engine.generate(['1+1='], wb.Sampling(max_tokens=8))"
+
+
+def stopped_in_generate(cluster: Any) -> None:
+    """A stop reaches a rank that waits for its peer inside vLLM; that engine is out of step and says so."""
+    cluster.execute(LEFT_OPEN, timeout_s=200)
+    pids = [cluster.pid(rank) for rank in range(2)]
+    handle = cluster.execute(f"while True: {GENERATE}", block=False)
+    time.sleep(2.0)
+    cluster.interrupt()
+    with pytest.raises(wb.RankInterrupted):
+        handle.result(timeout_s=20)
+    assert [cluster.pid(rank) for rank in range(2)] == pids and cluster.pull("kept") == [0, 1]
+    with pytest.raises(wb.RankFailed, match="EngineError"):
+        cluster.execute(GENERATE, timeout_s=20)

@@ -108,6 +108,7 @@ class Interceptor:
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
         self._told_later: dict[int, list[Callable[[], None]]] = {}  # id of a work -> whom to tell what it received
         self._internal = 0
+        self._engine_connections: set[sockets.Connection] = set()
         self._local = threading.local()
         self._main = threading.get_ident()
         self._libraries: list[torch.library.Library] = []
@@ -136,7 +137,7 @@ class Interceptor:
 
     @contextmanager
     def engine_groups(self) -> Iterator[None]:
-        """Groups made inside belong to an engine: they are neither watched nor shut."""
+        """Groups made inside belong to an engine: they are not watched, and shut only when a stop finds the engine at work."""
         self._internal += 1
         try:
             yield
@@ -151,7 +152,8 @@ class Interceptor:
         """
         self.was_shut = True
         mine = [g for g in list(self._groups.values()) if g.generation == self.generation]
-        return sockets.shut(connection for group in mine for connection in group.connections)
+        chosen = {connection for group in mine for connection in group.connections}
+        return sockets.shut(chosen | (self._engine_connections if self._internal else set()))
 
     def abandon(self, generation: int) -> None:
         """Whoever forms this generation, now or later, is let go."""
@@ -183,7 +185,10 @@ class Interceptor:
             group_size: int, group_rank: int, ranks: Sequence[int], backend: Any, store: Any, name: str, *args: Any, **kw: Any
         ) -> Any:
             if self._internal:
-                return make(group_size, group_rank, ranks, backend, store, name, *args, **kw)
+                before = sockets.connections()
+                made = make(group_size, group_rank, ranks, backend, store, name, *args, **kw)
+                self._engine_connections |= sockets.connections() - before
+                return made
             self._gather_to_make(ranks, name)
             with self._busy():  # a signal waits: all others would have the group, and this rank not
                 before = sockets.connections()

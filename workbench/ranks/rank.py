@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
+from workbench.errors import EngineError
 from workbench.plan.layout import Layout
 from workbench.ranks import cell as cells
 from workbench.ranks import forming, names, sockets
@@ -273,7 +274,7 @@ class Rank:
         if isinstance(error, (KeyboardInterrupt, Freed)):
             return Outcome.FREED
         is_stopped = self.interceptor.was_shut or self.board.is_stopped(self.config.rank)
-        if is_stopped and isinstance(error, RuntimeError):
+        if is_stopped and isinstance(error, (RuntimeError, EngineError)):
             return Outcome.FREED  # its connections were shut, here or by a peer that was stopped too
         return Outcome.RAISED
 

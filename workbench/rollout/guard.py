@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +17,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-__all__ = ["last_lines", "log_to", "output_to", "process_state_kept"]
+from workbench.ranks.forkserver import FOLDER_VARIABLE
+
+__all__ = ["last_lines", "log_to", "new_folder", "output_to", "process_state_kept"]
+
+
+def new_folder(kind: str) -> Path:
+    """A new 0700 folder for files of an engine; in a process of a cluster it lies in the cluster's, so that a kill leaves nothing."""
+    home = os.environ.get(FOLDER_VARIABLE, "")
+    if os.path.isdir(home):
+        return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=home))
+    return Path(tempfile.mkdtemp(prefix=f"workbench-{kind}-"))
 
 
 @contextmanager

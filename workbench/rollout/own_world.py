@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import FileStore, HashStore, _unregister_process
 from torch.distributed import distributed_c10d as c10d
 
 import workbench.ranks.current as place
-from workbench.ranks.doctor import own_folder
+from workbench.rollout.guard import new_folder
 
 __all__ = ["OwnWorld"]
 
@@ -73,7 +73,7 @@ class OwnWorld:
     def _agree(self, process_group: Any) -> tuple[int, str | None]:
         said: list[Any] = [(1 + secrets.randbits(48), None)]
         if self.rank == 0 and self.size > 1:
-            self.folder = str(own_folder("world"))  # 0700; only its own user can meet here
+            self.folder = str(new_folder("world"))  # only its own user can meet here
             said = [(said[0][0], os.path.join(self.folder, "store"))]
         if self.size > 1:
             dist.broadcast_object_list(said, src=dist.get_global_rank(process_group, 0), group=process_group)

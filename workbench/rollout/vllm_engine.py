@@ -25,12 +25,11 @@ import torch
 
 from workbench import models
 from workbench.errors import EngineError
-from workbench.ranks.doctor import own_folder
 from workbench.records import FinishReason, Prompt, Sampling
 from workbench.rollout.batch import Completion
 from workbench.rollout.checkpoint import Checkpoint
 from workbench.rollout.engine import PhaseTimes
-from workbench.rollout.guard import last_lines, log_to, output_to, process_state_kept
+from workbench.rollout.guard import last_lines, log_to, new_folder, output_to, process_state_kept
 from workbench.rollout.local_engine import LocalEngine
 from workbench.rollout.own_world import OwnWorld
 from workbench.rollout.reader import PromptReader
@@ -119,7 +118,8 @@ class VLLMEngine(LocalEngine):
         self._tp = tp
         group = _group_of(process_group, tp)
         self._backup_dir = Path(backup_dir or default_backup_dir())
-        self._log_path, self._owns_log = _log_file(log_path)
+        self._folder = new_folder("engine")  # for the log and vLLM's sockets, which it leaves behind
+        self._log_path, self._keeps_folder = Path(log_path or self._folder / "vllm.log"), False
         try:
             with output_to(self._log_path), process_state_kept(_QUIET):
                 self._device = _device(device)
@@ -154,16 +154,17 @@ class VLLMEngine(LocalEngine):
             # vLLM's groups are globals of the process, so engines side by side share the world that they were made in
             shared = next((engine._world for engine in _live), None)
             self._world = shared or OwnWorld(group, backend="gloo" if self._device == "cpu" else "cpu:gloo,cuda:nccl")
-            stack.enter_context(process_state_kept(_environment(self._world)))
+            stack.enter_context(process_state_kept(_environment(self._world, self._folder)))
             stack.enter_context(self._world.entered())
             try:
-                from vllm import LLM
+                from vllm import LLM, envs
 
+                getattr(envs, "disable_envs_cache", lambda: None)()  # it holds what an earlier engine of this process was given
                 self._llm = LLM(**options)
                 _forget_exit_hook(self._llm.llm_engine.engine_core)
                 self._rpc(_prepare_sleep)
             except Exception as error:
-                self._owns_log = False  # the error names it
+                self._keeps_folder = self._log_path.parent == self._folder  # the error names it
                 raise EngineError(
                     f"vLLM did not start with model {self._model!r}: {type(error).__name__}: {error}\n"
                     f"its log is {self._log_path}; it ends with\n{last_lines(self._log_path)}"
@@ -310,8 +311,8 @@ class VLLMEngine(LocalEngine):
         if log := self.__dict__.pop("_log", None):
             logging.getLogger("vllm").removeHandler(log)
             log.close()
-        if self._owns_log:
-            shutil.rmtree(self._log_path.parent, ignore_errors=True)
+        if not self._keeps_folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._is_started = False
         tidy()
 
@@ -334,13 +335,6 @@ def _group_of(process_group: Any, tp: int) -> Any:
             f"tp={tp} needs a group of {tp} ranks; this one has {size}\npass process_group= a group of {tp} ranks, made on each of them"
         )
     return group
-
-
-def _log_file(path: str | os.PathLike[str] | None) -> tuple[Path, bool]:
-    """Where the log goes, and whether its folder is ours to remove."""
-    if path is not None:
-        return Path(path), False
-    return own_folder("engine") / "engine.log", True
 
 
 def _device(wanted: str) -> str:
@@ -399,17 +393,17 @@ def _device_options(device: str, tp: int, backup_dir: Path) -> dict[str, Any]:
     return {"enable_sleep_mode": True, "distributed_executor_backend": executor, "gpu_memory_utilization": round(0.95 * free / total, 3)}
 
 
-def _environment(world: OwnWorld) -> dict[str, str | None]:
+def _environment(world: OwnWorld, folder: Path) -> dict[str, str | None]:
     """vLLM in this process, over loopback, in a world of its own."""
     numbers = {"RANK": world.rank, "LOCAL_RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_WORLD_SIZE": world.size}
     return {
         **_QUIET,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_RPC_BASE_PATH": str(folder),  # vLLM leaves its sockets' files behind
         "VLLM_HOST_IP": "127.0.0.1",
         "GLOO_SOCKET_IFNAME": "lo",
         "MASTER_ADDR": None,
         "MASTER_PORT": None,
-        **({} if world.folder is None else {"VLLM_RPC_BASE_PATH": world.folder}),  # vLLM leaves its sockets' files behind
         **{name: str(number) for name, number in numbers.items()},
     }
 
