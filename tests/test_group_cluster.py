@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_group
+import test_group_refusals
+from worlds import run_world
 
 import workbench as wb
 
@@ -232,3 +235,58 @@ def test_memory_that_was_shared_is_given_back(pair: wb.Cluster) -> None:
     assert pair.run(shared_bytes)[0] >= before[0] + 80_000_000
     pair.run(broadcast, 10)
     assert all(after <= held for after, held in zip(pair.run(shared_bytes), before, strict=True))
+
+
+@pytest.fixture(scope="module")
+def quartet() -> Iterator[wb.Cluster]:
+    with wb.launch(4) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("body", [test_group._collectives, test_group._dicts, test_group._unsorted])
+def test_four_ranks_get_through_the_board_what_they_get_through_gloo(quartet: wb.Cluster, body: Callable[[int], Any]) -> None:
+    on_board = quartet.run(lambda: body(wb.current().rank), timeout_s=60)
+    assert on_board == run_world(4, body)
+
+
+@pytest.mark.parametrize("body", [test_group._moves, test_group._reductions, test_group._experts])
+def test_three_ranks_get_through_the_board_what_they_get_through_gloo(trio: wb.Cluster, body: Callable[[int], Any]) -> None:
+    on_board = trio.run(lambda: body(wb.current().rank), timeout_s=60)
+    assert on_board == run_world(3, body)
+
+
+@pytest.fixture(scope="module")
+def trio() -> Iterator[wb.Cluster]:
+    with wb.launch(3) as cluster:
+        yield cluster
+
+
+def test_bad_input_is_told_on_the_board_as_through_gloo(pair: wb.Cluster) -> None:
+    for body in (
+        test_group._metrics,
+        test_group._one_mistake,
+        test_group_refusals._mistakes,
+        test_group_refusals._mismatches,
+        test_group_refusals._misfits,
+    ):
+        assert pair.run(lambda body=body: body(wb.current().rank), timeout_s=60) == run_world(2, body)
+
+
+def test_groups_come_and_go_without_using_up_the_board(pair: wb.Cluster) -> None:
+    def body() -> list[Any]:
+        import torch
+
+        board, me = wb.current().process.interceptor.board, wb.current().rank
+        forgotten = len(board._forgotten)
+        for n in range(6):
+            made = wb.Group.create([0, 1], f"group {n}")
+            made.all_reduce(torch.ones(1))
+            if me == 0:
+                made.send(torch.ones(1), dst=1)
+            else:
+                made.recv(torch.Size([1]), torch.float32, src=0)
+            made.destroy()
+            del made
+        return [len(board._forgotten) - forgotten]
+
+    assert pair.run(body, timeout_s=60) == [[12], [12]]  # six groups and a channel in each

@@ -35,6 +35,11 @@ assert accelerator.gather(torch.tensor([me.rank])).tolist() == [0, 1]
 assert groups["tp"].all_gatherv(torch.full((me.rank,), 7)).tolist() == [7]
 """
 
+SLURM = """
+import os
+assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == str(me.rank) and os.environ["WORLD_SIZE"] == "2"
+"""
+
 
 def test_a_script_under_torchrun_attaches_and_stands_beside_accelerate(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
@@ -49,12 +54,25 @@ def test_a_script_under_torchrun_attaches_and_stands_beside_accelerate(tmp_path:
 @pytest.mark.parametrize("names", [("SLURM_PROCID", "SLURM_NTASKS")])
 def test_a_script_under_slurms_names_attaches(tmp_path: Path, names: tuple[str, str]) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.replace("ACCELERATE", ""))
+    script.write_text(SCRIPT.replace("ACCELERATE", SLURM + ACCELERATE))
     port = str(free_port())
     processes = []
     for rank in range(2):
-        env = {**os.environ, names[0]: str(rank), names[1]: "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        slurm = {names[0]: str(rank), names[1]: "2", "SLURM_LOCALID": str(rank)}
+        env = {**os.environ, **slurm, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         processes.append(subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     told = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), told
     assert ["rank 0 is well" in told[0][0], "rank 1 is well" in told[1][0]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("env", "seen"), [({}, "they are not set"), ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "MASTER_ADDR is not set")]
+)
+def test_a_process_that_is_no_rank_is_told_what_is_missing(env: dict[str, str], seen: str) -> None:
+    plain = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    done = subprocess.run(
+        [sys.executable, "-c", "import workbench as wb; wb.current()"], capture_output=True, text=True, timeout=60, env={**plain, **env}
+    )
+    assert "WorkbenchError: wb.current() was called in a process that is no rank" in done.stderr and seen in done.stderr
+    assert "call it inside cluster.run(...) or a %%ranks cell, or start the script with torchrun" in done.stderr

@@ -54,8 +54,8 @@ def current() -> Current:
     """This rank.
 
     Raises:
-        WorkbenchError: the process is no rank, and no launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR; SLURM_PROCID, SLURM_NTASKS)
-            tells.
+        WorkbenchError: the process is no rank, and no launcher's environment (RANK, WORLD_SIZE, MASTER_ADDR; SLURM_PROCID, SLURM_NTASKS
+            with a MASTER_ADDR) tells.
     """
     global _here
     if _here is None:
@@ -88,15 +88,19 @@ def _attach() -> Current:
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID"))
     world_size = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
     if rank is None or world_size is None or "MASTER_ADDR" not in os.environ:
+        missing = "MASTER_ADDR is" if rank is not None and world_size is not None else "they are"
         raise WorkbenchError(
             "wb.current() was called in a process that is no rank\n"
-            "it looks for RANK, WORLD_SIZE and MASTER_ADDR (torchrun) or SLURM_PROCID and SLURM_NTASKS; they are not set\n"
+            "it looks for RANK, WORLD_SIZE and MASTER_ADDR (torchrun) or SLURM_PROCID, SLURM_NTASKS and MASTER_ADDR (srun); "
+            f"{missing} not set\n"
             "call it inside cluster.run(...) or a %%ranks cell, or start the script with torchrun"
         )
     import torch.distributed as dist
 
     os.environ.setdefault("RANK", rank)
     os.environ.setdefault("WORLD_SIZE", world_size)
+    if "SLURM_LOCALID" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     group = Group.from_process_group(dist.group.WORLD, name="world")
