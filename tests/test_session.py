@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -59,7 +60,7 @@ def rewrite(path: Path, change: Callable[[dict], None], *, signed: bool = True) 
     whole = json.loads(path.read_text())
     change(whole["session"])
     text = sessions._dump(whole["session"])
-    whole["sha256"] = sessions.hashlib.sha256(text.encode()).hexdigest()
+    whole["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     whole["signature"] = sessions._sign(text) if signed else "0" * 64
     path.write_text(json.dumps(whole))
 

@@ -185,6 +185,7 @@ def _read_source(prompt: str) -> str | None:
         try:
             lines.append(input("... " if lines else prompt))
         except EOFError:
+            print()
             return "\n".join(lines) if lines else None
         except KeyboardInterrupt:
             print()
