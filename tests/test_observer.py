@@ -109,6 +109,13 @@ def test_what_belongs_to_the_cluster_is_seen_until_it_was_closed(cluster):
     assert snapshot.engines == () and not [sample for sample in snapshot.memory if sample.process == "engine"]
 
 
+def test_a_panel_closes_before_what_it_shows():
+    with wb.launch(1) as cluster:
+        panel, engine = live(cluster), Engine()
+        cluster.own(lambda: setattr(engine, "state", None), engine)
+    assert panel.everything()["is_closed"] and panel.everything()["engines"] == [["tiny", "awake", "generate"]]
+
+
 def test_a_panel_does_not_keep_a_cluster_that_was_let_go_of():
     cluster = wb.launch(1)
     panel = live(cluster)

@@ -71,7 +71,8 @@ class Cluster:
         self.report: Reproduction | None = None
         self._conductor.on_ended.append(self.history.ended)
         self._owned.append(Door(processes.folder, self).close)
-        self._finalizer = weakref.finalize(self, _close, processes, self._owned)
+        self._views: list[Callable[[], None]] = []
+        self._finalizer = weakref.finalize(self, _close, processes, self._owned, self._views)
 
     # -- what it is ---------------------------------------------------------------------------------------------------------------------
 
@@ -239,6 +240,8 @@ class Cluster:
     @contextmanager
     def record(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
         """Within the block, keep a tape of every rank: what `wb.replay(folder, rank=k)` needs to run rank k alone.
+
+        A rank that is respawned within the block has none from then on.
 
         Raises:
             ValueError: the folder holds something already.
@@ -530,6 +533,10 @@ class Cluster:
         if observed is not None:
             self._processes.observed.append(observed)
 
+    def own_view(self, close: Callable[[], None]) -> None:
+        """Have a view closed with the cluster, before all that it shows."""
+        self._views.append(close)
+
     def close(self) -> None:
         """End the ranks and all that belongs to them; may be called twice."""
         self._is_closed = True
@@ -553,10 +560,10 @@ def _pack(value: Any, label: str) -> Packed:
         ) from error
 
 
-def _close(processes: Processes, owned: list[Callable[[], None]]) -> None:
+def _close(processes: Processes, owned: list[Callable[[], None]], views: list[Callable[[], None]]) -> None:
     if processes.owner_pid != os.getpid():  # a fork of the driver that ends takes nothing with it
         return
-    for close in reversed(owned):
+    for close in [*views, *reversed(owned)]:
         with contextlib.suppress(Exception):
             close()
     processes.close()

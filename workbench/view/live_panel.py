@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +41,7 @@ class WatchedCluster(Protocol):
 
     def observe(self) -> Looks: ...
 
-    def own(self, close: Any) -> None: ...
+    def own_view(self, close: Callable[[], None]) -> None: ...
 
     def interrupt(self) -> None: ...
 
@@ -73,7 +74,7 @@ class LivePanel(MovingWidget):
         self._events: list[Span] = []
         self._asleep: list[list[float]] = []
         super().__init__()
-        cluster.own(self.close)
+        cluster.own_view(self.close)
 
     def news(self) -> dict[str, Any]:
         before, snapshot = self.snapshot, self._observer.look()

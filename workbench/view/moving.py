@@ -10,6 +10,7 @@ Nothing here waits for the page: what it sends reaches a kernel only between cel
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 import time
 import uuid
@@ -20,6 +21,8 @@ from typing import Any
 import traitlets
 from anywidget import AnyWidget
 from IPython.display import display, update_display
+
+from workbench.view.style import DPI
 
 __all__ = ["MovingWidget", "read_scripts"]
 
@@ -142,8 +145,9 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
         self.show()
 
     def _leave_picture(self) -> None:
+        """The picture in place of the widget: pages made of a saved notebook would look for the widget first, and find nothing."""
         if self._display_id:
-            data, metadata = self._repr_mimebundle_()
+            data, metadata = self._face()
             update_display(data, metadata=metadata, raw=True, display_id=self._display_id)
 
     def _widget_bundle(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -152,8 +156,14 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         data, metadata = self._widget_bundle(**options)
+        face, sizes = self._face()
+        return data | face, metadata | sizes
+
+    def _face(self) -> tuple[dict[str, Any], dict[str, Any]]:
         png, words = self.picture()
-        return {**data, "image/png": b64encode(png).decode("ascii"), "text/plain": words}, metadata
+        width, height = struct.unpack(">II", png[16:24])  # of a PNG's first chunk
+        size = {"width": width * 100 // DPI, "height": height * 100 // DPI}
+        return {"image/png": b64encode(png).decode("ascii"), "text/plain": words}, {"image/png": size}
 
 
 class _Pulse:
