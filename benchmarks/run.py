@@ -1,6 +1,6 @@
 """The command behind `workbench bench`: measure, print one table, keep it.
 
-    workbench bench [NAME ...] [--out FILE] [--quick]
+workbench bench [NAME ...] [--out FILE] [--quick]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from benchmarks import cells, collectives, groups, launch, scatter, sleep, tokens
 from benchmarks.line import Line
 
-__all__ = ["MEASUREMENTS", "main"]
+__all__ = ["MEASUREMENTS", "RESULTS", "heading", "main"]
 
 RESULTS = Path(__file__).parent / "results"
 _WIDTH = 160
@@ -85,12 +85,12 @@ class Kept:
         self.loads.append(os.getloadavg()[0])
 
     def text(self) -> str:
-        return _text(self.lines, _heading(self.loads))
+        return _text(self.lines, heading(self.loads))
 
     def write(self, path: Path) -> None:
         """The table as text, and every number in a JSON file beside it."""
         lines = [{**asdict(line), "ratio": line.ratio, "verdict": str(line.verdict)} for line in self.lines]
-        record = {"heading": _heading(self.loads), "lines": lines, "results": self.results, "failures": self.failures}
+        record = {"heading": heading(self.loads), "lines": lines, "results": self.results, "failures": self.failures}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(self.text() + "\n")
         path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
@@ -108,7 +108,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _heading(loads: Sequence[float]) -> str:
+def heading(loads: Sequence[float]) -> str:
     """Date, machine and versions, a line each."""
     from workbench.environment import describe_environment
 
