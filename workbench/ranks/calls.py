@@ -47,7 +47,7 @@ class KnownGroup:
     outlives_generations: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # completed as it goes; it stays in this process, and a copy costs microseconds
 class Call:
     """One call of this rank.
 

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -337,9 +336,11 @@ class Interceptor:
             out = self._carried(name, call, args) if call.is_announcement else onward()
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if is_later:
-                self._remember(replace(call, work=work, storages=_storages(args[0]), row=self._note(name, call, args, started, arrived)))
+                call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
+                self._remember(call)
             elif operation.is_point_to_point:
-                self._local.call = replace(call, row=self._note(name, call, args, started, arrived))
+                call.row = self._note(name, call, args, started, arrived)
+                self._local.call = call
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 work.wait()
                 arrived = arrived if is_met else time.monotonic_ns()  # not told apart from the moving of data then
@@ -427,7 +428,8 @@ class Interceptor:
         compared = call.text.encode()
         shown = call.shown.encode()
         sequence = self.board.begin(self.rank, call.key, shown, state, call.place, call.line, compared=compared, data=data)
-        return replace(call, sequence=sequence)
+        call.sequence = sequence
+        return call
 
     def _channel(self, group: KnownGroup, source: int, target: int, tag: int) -> int:
         """The directed channel of a send or recv: counted on both ends like a group of its own."""

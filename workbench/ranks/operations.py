@@ -5,7 +5,6 @@ Source: the operator schemas registered by torch 2.13 (`torch.ops.c10d.*.default
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -83,6 +82,9 @@ def _dtypes(value: Any) -> str:
     return " ".join(sorted({str(t.dtype)[6:] for t in tensors_in(value)}))
 
 
+_REDUCE_NAMES = {op: name.lower() for name, op in c10d.ReduceOp.RedOpType.__members__.items()}
+
+
 def remember_reduce_ops() -> None:
     """Have torch's Python functions leave their reduce op where `_reduce_op` finds it."""
     for name in ("AllreduceOptions", "AllreduceCoalescedOptions", "ReduceOptions", "ReduceScatterOptions"):
@@ -102,8 +104,7 @@ def _reduce_op() -> str:
     options, _last.options = getattr(_last, "options", None), None
     if options is None:
         return "?"
-    found = re.search(r"([A-Z_]+)", str(getattr(options.reduceOp, "op", options.reduceOp)).rpartition(".")[2])
-    return found.group(1).lower() if found else "?"
+    return _REDUCE_NAMES.get(options.reduceOp.op, "?")
 
 
 def _all_reduce(args: tuple[Any, ...]) -> str:
