@@ -1,5 +1,5 @@
 // The page of the layout explorer; the arithmetic stands in layout_plan.js, which comes before this in the same module.
-const NS = "http://www.w3.org/2000/svg", ORDERS = ["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"], MARGIN = { left: 62, top: 20 };
+const NS = "http://www.w3.org/2000/svg", ORDERS = ["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp"], TOP = 20;
 
 function make(tag, attributes, ...children) {
   const isDrawn = ["svg", "rect", "text", "g", "title"].includes(tag);
@@ -74,6 +74,13 @@ function render({ model, el }) {
   third.append(make("label", {}, "rank ", rankField), layersOf);
   el.classList.add("wb-layout");
   el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
+  el.addEventListener("keydown", (event) => {  // JupyterLab keeps Enter from a field
+    if (event.key === "Enter" && event.target.tagName === "INPUT") event.target.dispatchEvent(new Event("change", { bubbles: true }));
+  });
+  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
+  el.addEventListener("keydown", (event) => {  // JupyterLab keeps Enter from a field
+    if (event.key === "Enter" && event.target.tagName === "INPUT") event.target.dispatchEvent(new Event("change", { bubbles: true }));
+  });
   el.replaceChildren(first, sizes, alert, svg, third, words, axes, stages, make("div", { class: "wb-bar" }, code, copy, ...(numCluster ? [use] : []), told));
 
   function propose(spec, field) {  // take a spec when it fits, else say why it does not
@@ -133,14 +140,15 @@ function render({ model, el }) {
     paint();
   }
   function drawGrid() {
-    side = Math.max(6, Math.min(46, (760 - MARGIN.left) / grid.width));
-    const width = MARGIN.left + grid.width * side + 4, height = MARGIN.top + grid.height * side + 4;
+    const left = 12 + 6.6 * Math.max(0, ...grid.yTicks.map(([, text]) => text.length));  // the names of rows stand there
+    side = Math.max(6, Math.min(46, (760 - left) / grid.width));
+    const width = left + grid.width * side + 4, height = TOP + grid.height * side + 4;
     put(svg, { viewBox: `-4 -4 ${width + 8} ${height + 8}`, width, "aria-label": `${plan.world} ranks; arrow keys walk` });
     const plain = (x, y, text, anchor) => make("text", { x, y, class: "wb-plain", "font-size": 11, "text-anchor": anchor, "dominant-baseline": "central" }, text);
     const wideEnough = (names, space) => names.every(([at, text], i) => !i || (at - names[i - 1][0]) * side >= space(text));
     const parts = [];
-    if (wideEnough(grid.xTicks, (text) => text.length * 6.5 + 4)) parts.push(...grid.xTicks.map(([at, text]) => plain(MARGIN.left + at * side, 9, text, "middle")));
-    if (wideEnough(grid.yTicks, () => 12)) parts.push(...grid.yTicks.map(([at, text]) => plain(0, MARGIN.top + at * side, text, "start")));
+    if (wideEnough(grid.xTicks, (text) => text.length * 6.5 + 4)) parts.push(...grid.xTicks.map(([at, text]) => plain(left + at * side, 9, text, "middle")));
+    if (wideEnough(grid.yTicks, () => 12)) parts.push(...grid.yTicks.map(([at, text]) => plain(0, TOP + at * side, text, "start")));
     for (let rank = cells.length; rank < plan.world; rank++) {  // cells stay from layout to layout: making them is what takes time
       cells[rank] = make("rect", { id: `wb-${uid}-${rank}`, role: "option", "data-rank": rank });
       boxes.append(cells[rank]);
@@ -151,7 +159,7 @@ function render({ model, el }) {
     const box = side - 2, hasTags = side >= 34, inside = (x, y, size, text) =>
       make("text", { x: x + box / 2, y, "text-anchor": "middle", "dominant-baseline": "central", "font-size": size }, text);
     cells.forEach((cell, rank) => {
-      const x = MARGIN.left + grid.x[rank] * side + 1, y = MARGIN.top + grid.y[rank] * side + 1;
+      const x = left + grid.x[rank] * side + 1, y = TOP + grid.y[rank] * side + 1;
       put(cell, { x, y, width: box, height: box });
       if (side < 18) return;
       parts.push(numbers[rank] = inside(x, y + (hasTags ? 9 : box / 2), hasTags ? 12 : Math.min(12, side * 0.42), rank));
@@ -161,9 +169,9 @@ function render({ model, el }) {
   }
   function tagLines(shared) {  // the axes on which a rank stands with the chosen one, in two short lines
     const lines = ["", ""];
-    for (const axis of shared) {
+    for (const axis of shared.map((name) => name.replace("external_dp", "ext"))) {
       const line = lines[0].length + axis.length <= 7 ? 0 : 1;
-      lines[line] = `${lines[line]} ${axis.replace("external_dp", "ext")}`.trim();
+      lines[line] = `${lines[line]} ${axis}`.trim();
     }
     return side < 42 && lines[1] ? [`${lines[0]} ..`, ""] : lines[1].length > 8 ? [lines[0], "..."] : lines;
   }

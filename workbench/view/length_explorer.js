@@ -45,6 +45,9 @@ function render({ model, el, state, listeners }) {
     html("div", { class: "wb-bar" }, html("label", {}, "show ", shape), html("label", {}, "compare ", by), html("label", {}, "if max_tokens were ", slider, field)),
     chart, table, whatIf, html("div", { class: "wb-bar" }, html("label", {}, "a rank's time is ", way)), waits, idleText);
   el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
+  el.addEventListener("keydown", (event) => {  // JupyterLab keeps Enter from a field
+    if (event.key === "Enter" && event.target.tagName === "INPUT") event.target.dispatchEvent(new Event("change", { bubbles: true }));
+  });
 
   const x = (tokens) => LEFT + (tokens / span) * (W - LEFT - RIGHT), y = (share) => TOP + (1 - share) * (H - BOTTOM - TOP);
   const looks = (group, k) => (by.value === "finish_reason" ? FINISHES[group.name] ?? 5 : k % COLORS.length);
