@@ -52,6 +52,18 @@ def test_a_background_cell_gives_a_handle(shell, capsys):
     assert [handle.result(timeout_s=10)[r].result_text for r in range(4)] == ["0", "1", "2", "3"]
 
 
+def test_a_second_cell_asks_who_waits_while_the_first_runs(shell, capsys):
+    ranks(shell, "--bg --out hung", "import time\nif rank == 2: time.sleep(60)\ndist.barrier()")
+    time.sleep(0.5)
+    capsys.readouterr()
+    shell.run_line_magic("ranks", "diagnose")
+    told = capsys.readouterr().out
+    assert told.startswith("ranks 0, 1, 3 wait in barrier (line 3); rank 2 sleeps, or waits for something that is no collective, line 2: ")
+    shell.run_line_magic("ranks", "interrupt")
+    with pytest.raises(wb.RankInterrupted):
+        shell.user_ns["hung"].result(timeout_s=10)
+
+
 def test_a_quiet_cell_shows_nothing_and_keeps_its_result(shell, capsys):
     ranks(shell, "--quiet --out kept", "print('unseen')\nrank")
     assert capsys.readouterr().out == "" and shell.user_ns["kept"][3].result_text == "3"
