@@ -283,12 +283,28 @@ def test_a_tape_survives_the_death_of_its_rank(tmp_path):
             cluster.execute(
                 f"x = torch.ones(1)\nfor _ in range(5): dist.all_reduce(x)\nimport os\nif rank: os.kill(os.getpid(), {int(signal.SIGKILL)})"
             )
+        with pytest.raises(wb.RankFailed, match="rank 1 of 2 is dead"):
+            cluster.execute("1")
     again = wb.replay(tmp_path / "tape", rank=0)
     assert len(again.collectives) == 5
     from workbench.ranks.tape import TapeReader
 
     cut = TapeReader(tmp_path / "tape", 1)
     assert [type(record).__name__ for record in cut.records].count("Collective") == 5
+
+
+def test_a_tape_goes_on_over_the_death_of_another_rank(tmp_path):
+    with wb.launch(2) as cluster, cluster.record(tmp_path / "tape"):
+        cluster.execute("x = torch.ones(1) * rank")
+        cluster.kill(1)
+        cluster.respawn(1)
+        cluster.execute(
+            "y = group.broadcast_object([torch.ones(30_000)] if rank == 0 else None, src=0)\ndist.all_reduce(x := torch.ones(1)); x.item()"
+        )
+        cluster.execute("z = group.broadcast_object([torch.ones(30_000)] if rank == 1 else None, src=1); z[0].sum().item()")
+    again = wb.replay(tmp_path / "tape", rank=0)
+    assert again.result_texts == ("", "2.0", "30000.0") and not again.is_cut_short and not again.differing_results
+    assert wb.replay(tmp_path / "tape" / "generation-1", rank=1).result_texts == ("2.0", "30000.0")
 
 
 def test_a_tape_cut_short_is_played_as_far_as_it_goes(taped):

@@ -67,6 +67,7 @@ class Cluster:
         self._failures = FailureKeeper(processes.tape_folder)
         if processes.options.records_failures:
             self._conductor.on_ended.append(self._failures)
+        self._taped: tuple[Path, set[int]] | None = None  # where tapes are kept, and the processes that keep them
         self.history = History()
         self.report: Reproduction | None = None
         self._conductor.on_ended.append(self.history.ended)
@@ -241,7 +242,7 @@ class Cluster:
     def record(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
         """Within the block, keep a tape of every rank: what `wb.replay(folder, rank=k)` needs to run rank k alone.
 
-        A rank that is respawned within the block has none from then on.
+        A rank that is started afresh within the block begins another, in `folder/generation-N`.
 
         Raises:
             ValueError: the folder holds something already.
@@ -254,10 +255,12 @@ class Cluster:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._house(start_tape, str(target))
         self._failures.rests = True
+        self._taped = (target, {link.pid for link in self._processes.links})
         try:
             yield target
         finally:
             self._failures.rests = False
+            self._taped = None
             self._house_where_alive(stop_tape)
 
     @contextmanager
@@ -277,6 +280,19 @@ class Cluster:
             for link in self._processes.links:
                 link.signal(signal.SIGCONT)
             self._house_where_alive(disarm)
+
+    def _tape_fresh_ranks(self) -> None:
+        """Have ranks that were started since the recording began keep tapes too: what only some record goes other ways between them."""
+        from workbench.ranks.recording import start_tape
+
+        assert self._taped is not None
+        target, pids = self._taped
+        fresh = [link.rank for link in self._processes.links if not link.is_dead and link.pid not in pids]
+        if fresh:
+            pids.update(self._processes.links[rank].pid for rank in fresh)
+            folder = target / f"generation-{self.generation}"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._house(start_tape, str(folder), ranks=fresh)
 
     def _house(self, fn: Callable[..., Any], *args: Any, ranks: Selector = None) -> Any:
         """Call a function of the workbench's own on ranks; it stands on no tape."""
@@ -300,6 +316,8 @@ class Cluster:
         on_output: Callable[[int, str, str], None] | None = None,
     ) -> Any:
         members = select_ranks(ranks, self.world_size, self._layout)
+        if self._taped is not None and task is not Task.HOUSE:
+            self._tape_fresh_ranks()
         packed = None if value is None else _pack(value, label)
         conductor = self._conductor
         with self._lock:

@@ -185,6 +185,7 @@ class TapeWriter:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         os.write(self._file, _MAGIC)
         self._num_calls = 0
+        self._is_in_cell = False  # between cells a new generation is formed, which no replay repeats
         self._cell = 0
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._unfinished = ""
@@ -227,11 +228,12 @@ class TapeWriter:
         )
 
     def begin_cell(self, cell: int, task: str, text: str, value: Packed | None) -> None:
-        self._cell, self._unfinished = cell, ""
+        self._cell, self._unfinished, self._is_in_cell = cell, "", True
         parts = () if value is None else (bytes(value.data), *(bytes(buffer) for buffer in value.buffers))
         self.write(CellStart(cell=cell, task=task, text=text, value=parts, random_states=random_states()))
 
     def end_cell(self, outcome: Outcome, result_text: str, digest: str, error: str) -> None:
+        self._is_in_cell = False
         if outcome is Outcome.FREED and not self._unfinished:
             self.can_go_on = False  # stopped in the middle of its own code: nobody knows where
         self.write(
@@ -251,12 +253,16 @@ class TapeWriter:
 
     def before(self, operation: Operation, args: tuple[Any, ...]) -> bool:
         """Keep what the rank is about to give: the call may write over it."""
+        if not self._is_in_cell:
+            return False
         self._inputs = tuple(t.detach().cpu().clone() for t in inputs_of(operation, args))
         self._unfinished = operation.name
         return False
 
     def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
         """Keep what a call gave, under the number at which it was begun."""
+        if not self._is_in_cell:
+            return lambda: None
         cell, index, inputs = self._cell, self._num_calls, self._inputs
         self._num_calls += 1
         self._unfinished = op if op.startswith("recv") else ""
