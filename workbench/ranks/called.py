@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
+from torch import Tensor
+
 __all__ = ["Called", "Carrier", "Row", "announcing", "called_now", "carrier", "named", "set_carrier"]
 
 P = ParamSpec("P")
@@ -117,6 +119,10 @@ class Carrier(Protocol):
         """Whether announcements of this group go over the board."""
         ...
 
+    def exchange(self, process_group: Any, data: Tensor) -> Tensor:
+        """What each member of such a group announces, uint8 [num_members, num_bytes]; `data` is this rank's."""
+        ...
+
     def shares(self, process_group: Any) -> bool:
         """Whether large bytes may go beside gloo too: nobody records or spoils what this rank's calls of torch bring."""
         ...
@@ -129,6 +135,9 @@ class _Gloo:
 
     def carries(self, process_group: Any) -> bool:
         return False
+
+    def exchange(self, process_group: Any, data: Tensor) -> Tensor:
+        raise AssertionError("asked to carry what it does not")
 
     def shares(self, process_group: Any) -> bool:
         return False

@@ -47,6 +47,7 @@ _LAYER = "BackendSelect"
 _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 _ASK_ABOUT_GROUPS = ("get_backend", "get_group_rank", "get_global_rank", "get_process_group_ranks")  # torch asks too, before a collective
+_ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations is, to those who see calls of torch
 _MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
 
 
@@ -325,15 +326,14 @@ class Interceptor:
         is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
         waits = (is_blocking or calls_from_autograd) and bool(call.peers or call.sources)
         started = time.monotonic_ns()
-        is_met = self.is_checked or call.is_announcement
-        call = self._post(call, AreaState.ON_BOARD if waits and is_met else AreaState.IN_GLOO, args)
-        if is_met:
+        call = self._post(call, AreaState.ON_BOARD if waits and self.is_checked else AreaState.IN_GLOO)
+        if self.is_checked:
             self._meet(call, waits=waits)
         arrived = time.monotonic_ns()
         self.board.move(self.rank, AreaState.IN_GLOO)
         is_later = not is_blocking and not calls_from_autograd
         try:
-            out = self._carried(name, call, args) if call.is_announcement else onward()
+            out = onward()
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if is_later:
                 call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
@@ -343,7 +343,7 @@ class Interceptor:
                 self._local.call = call
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 work.wait()
-                arrived = arrived if is_met else time.monotonic_ns()  # not told apart from the moving of data then
+                arrived = arrived if self.is_checked else time.monotonic_ns()  # not told apart from the moving of data then
             self._tell_hooks(call, args, work, is_blocking=is_blocking)
         except RuntimeError as error:
             self._tell_freed(call, error)
@@ -372,16 +372,39 @@ class Interceptor:
         """Put one operation of ours in the ledger."""
         self.board.note(self.rank, (LEDGER_NAMES.index(name), *row))
 
-    def _carried(self, name: str, call: Call, args: tuple[Any, ...]) -> Any:
-        """Give what the members announced: it stands on the board, so gloo is not asked."""
-        rows = next(iter(tensors_in(args[0]))).view(len(call.group.ranks), -1)
-        for row, member in zip(rows, call.group.ranks, strict=True):
+    def exchange(self, process_group: Any, data: torch.Tensor) -> torch.Tensor:
+        """What the members of a group announce, uint8 [num_members, num_bytes]; `data`, uint8 [num_bytes], is this rank's.
+
+        It stands on the board, and gloo is not asked; tapes, faults and diagnoses see an all_gather.
+        """
+        operation, group = OPERATIONS[_ANNOUNCING], self._groups[id(process_group)]
+        rows = torch.zeros((len(group.ranks), data.numel()), dtype=torch.uint8)
+        args = (rows.view(-1), data, None, False)
+        with self._busy():
+            call = self._describe(operation, group, args, user_frame(1)[0])
+            is_dropped = any([hook.before(operation, args) for hook in self.hooks])
+            started = arrived = time.monotonic_ns()
+            try:
+                if not is_dropped:
+                    call = self._post(call, AreaState.ON_BOARD, data.numpy().data)
+                    self._meet(call, waits=True)
+                    arrived = time.monotonic_ns()
+                    self._read_announced(call, rows)
+                self._tell_hooks(call, args, None, is_blocking=True)
+            finally:
+                self.board.move(self.rank, AreaState.NOWHERE)
+            if not is_dropped:
+                self._note(_ANNOUNCING, call, args, started, arrived)
+        return rows
+
+    def _read_announced(self, call: Call, rows: torch.Tensor) -> None:
+        """Fill in, row by row, what each member posted beside its text."""
+        for row, member in zip(rows.numpy(), call.group.ranks, strict=True):
             data = self.board.data(member, call.key, call.sequence)
             if data is None:  # without the check, another operation of this rank was not noticed before
                 texts = self.board.texts(call.key, call.sequence, call.group.ranks)
                 raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
-            row.copy_(torch.frombuffer(data, dtype=torch.uint8))
-        return dropped(name, args)
+            row[:] = data
 
     def _tell_hooks(self, call: Call, args: tuple[Any, ...], work: Any, *, is_blocking: bool) -> None:
         """Show hooks what a call gave; an asynchronous collective is waited for first. A receive is shown when its caller has waited."""
@@ -422,9 +445,8 @@ class Interceptor:
             operation=operation, group=group, key=key, peers=peers, sources=sources, text=text, line=line, place=place, called=called
         )
 
-    def _post(self, call: Call, state: AreaState, args: tuple[Any, ...] = ()) -> Call:
+    def _post(self, call: Call, state: AreaState, data: memoryview | None = None) -> Call:
         """Put a call on the board, which gives it its number; an announcement stands there as a whole."""
-        data = args[1].numpy().data if call.is_announcement else None
         compared = call.text.encode()
         shown = call.shown.encode()
         sequence = self.board.begin(self.rank, call.key, shown, state, call.place, call.line, compared=compared, data=data)

@@ -172,7 +172,7 @@ class Members:
             problem, mine = error, Announcement(f"{type(error).__name__}: {error}", is_refusal=True)
         if self.world_size > 1:
             with announcing(mine.text, mine.num_brought):
-                gathered = self._gather_equal(announce.encode(mine))
+                gathered = self._gather_announcements(announce.encode(mine))
             self._outbox.met()
             heard = [announce.decode(row) for row in gathered]
         else:
@@ -238,11 +238,19 @@ class Members:
                 dist.broadcast(part, src=rank, group=self.process_group)
         return whole
 
+    def _gather_announcements(self, data: Tensor) -> Tensor:
+        """Those of all members, uint8 [world_size, num_bytes], in group order: from the board, where there is one."""
+        return self._ordered(carrier().exchange(self.process_group, data)) if self._carries else self._gather_equal(data)
+
     def _gather_equal(self, data: Tensor) -> Tensor:
         """Equal numbers of bytes of every member: uint8 [world_size, num_bytes], in group order."""
         gathered = torch.zeros((self.world_size, data.numel()), dtype=torch.uint8)
         if data.numel():
             _gather_into(gathered.view(-1), data, group=self.process_group)
+        return self._ordered(gathered)
+
+    def _ordered(self, gathered: Tensor) -> Tensor:
+        """A row of each member, as the process group orders them, in group order."""
         if self._places == sorted(self._places):
             return gathered
         ordered = torch.empty_like(gathered)
