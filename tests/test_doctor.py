@@ -133,6 +133,14 @@ def test_what_is_lacking_has_a_remedy(what, monkeypatch):
     assert check.what == what and seen in check.seen and remedy in check.remedy
 
 
+def test_ranks_let_their_driver_look_where_yama_asks_for_that(monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 1000)
+    monkeypatch.setattr(Path, "read_text", texts(ptrace_scope="1"))
+    check = doctor._ptrace()
+    monkeypatch.undo()
+    assert check.seen == "yama ptrace_scope is 1: ranks and engines let their driver look" and not check.remedy
+
+
 def test_all_checks_are_made_and_what_stays_open_is_told(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_gloo", lambda: doctor.Check(what="gloo", seen="not asked here"))
     main(["doctor"])

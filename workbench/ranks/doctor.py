@@ -164,6 +164,8 @@ def _ptrace() -> Check:
         scope = 0
     if scope == 0 or os.getuid() == 0:
         return Check(what="native stacks (ptrace)", seen="allowed")
+    if scope == 1:  # each process says who may look at it besides its ancestors
+        return Check(what="native stacks (ptrace)", seen="yama ptrace_scope is 1: ranks and engines let their driver look")
     remedy = "Python stacks are shown all the same; for native ones: sysctl kernel.yama.ptrace_scope=0"
     return Check(what="native stacks (ptrace)", seen=f"yama ptrace_scope is {scope}", remedy=remedy)
 
