@@ -99,7 +99,8 @@ def length_explorer(source: Run | FollowedRun) -> LengthExplorer:
     out.
 
     Args:
-        source: a run; or a rollout that runs, as `wb.rollout(..., live=...)` publishes it, whose lengths appear as requests finish.
+        source: a run; or a rollout that runs, whose lengths appear as requests finish:
+            `wb.rollout(..., live=lambda live_run: wb.view.length_explorer(live_run).show())`.
     """
     return LengthExplorer(source)
 
