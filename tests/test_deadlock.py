@@ -290,6 +290,18 @@ def test_what_was_made_before_a_stop_inside_gloo_says_that_it_is_stale():
         assert_well(cluster)
 
 
+@pytest.mark.parametrize("rank_1", ["time.sleep(60)", "raise ValueError('before its backward pass')"])
+def test_a_model_that_was_left_in_the_middle_of_a_backward_pass_says_that_it_is_stale(rank_1):
+    with wb.launch(2) as cluster:
+        cluster.execute("import time\n" + OWN)
+        with pytest.raises((wb.RankTimeout, wb.RankFailed)):
+            cluster.execute(f"loss = model(torch.ones(1, 2)).sum()\nif rank == 0: loss.backward()\nelse: {rank_1}", timeout_s=0.5)
+        with pytest.raises(wb.RankFailed, match="StaleGroupError(.|\n)*DistributedDataParallel\\(model.module\\)"):
+            cluster.execute("model(torch.ones(1, 2)).sum().backward()", timeout_s=10)
+        cluster.execute("model = torch.nn.parallel.DistributedDataParallel(model.module)\nmodel(torch.ones(1, 2)).sum().backward()")
+        assert_well(cluster)
+
+
 def test_a_failure_beside_ranks_inside_gloo_is_the_failure():
     with wb.launch(3, check_collectives=False) as cluster:
         text = stopped(cluster, "if rank == 1: raise ValueError('bad prompt')\ndist.all_reduce(torch.ones(1))", wb.RankFailed, within_s=5)

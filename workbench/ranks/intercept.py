@@ -99,6 +99,7 @@ class Interceptor:
         self.is_interrupt_pending = False
         self.is_busy = False  # the main thread is in a collective: a signal must wait
         self.was_shut = False  # gloo connections of this generation were shut
+        self.has_left_backward = False  # an exception went through a backward pass: DDP's reducer is in its middle for good
         self.has_left_one = False  # a thread still waits in the making of a group
         self._abandoned = -1  # the generation that will never come to be
         self.hooks: list[Hook] = []
@@ -130,6 +131,8 @@ class Interceptor:
             wrapped = self._blocking(getattr(c10d, name))
             setattr(c10d, name, wrapped)
             setattr(dist, name, wrapped)
+        model = torch.nn.parallel.DistributedDataParallel
+        setattr(model, "forward", self._refusing_stale_models(model.forward))  # noqa: B010  as above
         for name in _ASK_ABOUT_GROUPS:
             wrapped = self._knowing_stale(getattr(c10d, name))
             setattr(c10d, name, wrapped)
@@ -167,7 +170,7 @@ class Interceptor:
 
     def begin_generation(self, generation: int) -> None:
         self.generation = generation
-        self.was_shut = False
+        self.was_shut = self.has_left_backward = False
         self._channels.clear()
         self._in_flight.clear()
         self.board.reset(self.rank)
@@ -278,8 +281,12 @@ class Interceptor:
         if group is None:
             return onward(keyset & _BELOW, *args)
         self._refuse_stale(group, operation.name)
-        with self._busy():
-            return self._run(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
+        try:
+            with self._busy():
+                return self._run(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
+        except BaseException:
+            self.has_left_backward |= user_frame(0)[1]
+            raise
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
@@ -303,6 +310,18 @@ class Interceptor:
             if known is not None:
                 self._refuse_stale(known, ask.__name__)
             return ask(group, *args, **kwargs)
+
+        return wrapped
+
+    def _refusing_stale_models(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A model whose backward pass was left in the middle would fail inside torch before its first collective."""
+
+        @functools.wraps(forward)
+        def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
+            known = self._groups.get(id(model.process_group))
+            if known is not None:
+                self._refuse_stale(known, "DistributedDataParallel.forward")
+            return forward(model, *args, **kwargs)
 
         return wrapped
 

@@ -233,7 +233,7 @@ class Rank:
             error=error,
             started_s=started,
             ended_s=time.monotonic(),
-            is_group_broken=self.interceptor.was_shut,
+            is_group_broken=self.interceptor.was_shut or self.interceptor.has_left_backward,
             digest=self._digest,
         )
         self.writer.send(done, result)
