@@ -10,7 +10,8 @@ place; reduce_scatter is right for every dim; ragged operations work; sizes are 
 on the rank concerned and not a dead process. Bad arguments are `ValueError` on the rank that gave them and `GroupError` on its peers,
 before data moves.
 
-A group of one moves nothing: its operations give the input itself.
+A group of one moves nothing: its operations give the input itself. In a cluster announcements stand on the arrival board, and objects,
+tensor dicts and ragged gathers lie in memory that its ranks share; under torchrun all of it goes through gloo.
 """
 
 from __future__ import annotations
