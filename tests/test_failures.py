@@ -92,6 +92,16 @@ def test_what_ends_well_or_is_interrupted_keeps_none(cluster):
     assert cluster.last_tape == before
 
 
+def test_a_stop_that_comes_before_the_cell_has_begun_is_not_lost(cluster):
+    pids = [cluster.pid(rank) for rank in range(3)]
+    for _ in range(5):
+        handle = cluster.execute("import time; time.sleep(60)", block=False)
+        cluster.interrupt()
+        with pytest.raises(wb.RankInterrupted):
+            handle.result(timeout_s=10)
+    assert pids == [cluster.pid(rank) for rank in range(3)]  # none had to be killed
+
+
 def test_after_a_cell_that_was_stopped_in_its_code_the_tape_begins_anew(cluster):
     cluster.execute("import threading\nnumber, lock = 5 + rank, threading.Lock()")
     with pytest.raises(wb.RankTimeout):
