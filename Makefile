@@ -8,7 +8,7 @@ RELAXED = --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls --a
 # idle OpenMP threads sleep instead of spinning, which starves the other processes of a small box
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-slow lab check notebooks figures bench gpu-check clean ready
+.PHONY: help setup demo test test-slow test-browser lab check notebooks figures bench gpu-check clean ready
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,10 @@ test: ready  ## the tests
 
 test-slow: ready  ## the tests that take minutes or a network
 	@$(BIN)/python -m pytest -m slow
+
+test-browser: ready  ## the tests in a real JupyterLab; Debian's Chromium is installed where it is missing
+	@scripts/chromium.sh
+	@$(BIN)/python -m pytest -m browser tests/browser
 
 check: ready  ## lint, types and the tests of the house rules
 	@$(BIN)/ruff check .

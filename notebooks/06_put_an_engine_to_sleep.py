@@ -105,10 +105,13 @@ in_mib(run.sleep_report).assign(step=run.sleep_report["step"]).set_index("step")
 
 # %% [markdown]
 # What was freed was measured from outside the process: weights and KV cache, each time (and a little that the step itself
-# had left). Nothing was regained after the last step, since the engine still sleeps. Over time; find the three sleeps:
+# had left). Nothing was regained after the last step, since the engine still sleeps.
+#
+# Over time, with what ran under it on the same axis; find the three sleeps. With a kernel, the mouse (or the arrow keys)
+# tells what each process held at any time.
 
 # %%
-run.plot_memory()
+wb.view.memory_explorer(run)
 
 # %% [markdown]
 # ## How long are the completions?
