@@ -63,7 +63,7 @@ def find_stragglers(board: Board, groups: Mapping[int, GroupFormed], cell: int |
     met: dict[tuple[int, int], list[_Arrival]] = defaultdict(list)
     for rank in range(board.world_size):
         for op, key, sequence, _, start, arrived, _, where in board.ledger_rows(rank):
-            if cell is None or where >> 20 == cell:
+            if where >> 20 and cell in (None, where >> 20):  # what the workbench does between cells is nobody's bill
                 met[key, sequence].append(_Arrival(rank, where >> 20, where & 0xFFFFF, LEDGER_NAMES[op], start, arrived - start))
     owed: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     places: dict[tuple[int, int, str, int, str], int] = defaultdict(int)
