@@ -24,7 +24,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -220,9 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     loads, started_s = [os.getloadavg()[0]], time.monotonic()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored, and so would drivers started here
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to this process, where they are seen
-    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
-        soak = Soak(seed=options.seed, folder=Path(folder), kinds=options.kinds, engines=options.engines)
+    with _own_temporary_folder() as folder:
+        soak = Soak(seed=options.seed, folder=folder, kinds=options.kinds, engines=options.engines)
         numbers = options.only or range(options.first, 10**9)
         try:
             soak.run(numbers, until_s=float("inf") if options.only else started_s + 60 * options.minutes, least=options.faults)
@@ -235,6 +235,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.out:
         _write(options.out, text, {"seed": options.seed, "minutes": minutes, "outcomes": [asdict(one) for one in soak.outcomes]})
     return int(any(one.broken for one in soak.outcomes))
+
+
+@contextmanager
+def _own_temporary_folder() -> Iterator[Path]:
+    """Temporary files of this process and its children go there, and nobody else's."""
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="soak-") as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
+            os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
 
 
 def _write(path: Path, text: str, record: dict[str, Any]) -> None:
