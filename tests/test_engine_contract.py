@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import psutil
@@ -324,6 +325,22 @@ def test_an_interrupt_leaves_nothing_behind(engines: dict[str, Engine]) -> None:
     start = time.monotonic()
     assert engine.generate(PROMPTS, GREEDY).texts == before and status(engine) is EngineStatus.AWAKE
     assert time.monotonic() - start < 20
+
+
+def test_an_interrupt_between_forward_pass_and_sampling_leaves_nothing_behind(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = engines["vllm"]
+    before = engine.generate(PROMPTS, GREEDY).texts
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._llm.llm_engine.engine_core.engine_core.model_executor, "sample_tokens", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS, GREEDY)
+    assert engine.generate(PROMPTS, GREEDY).texts == before and status(engine) is EngineStatus.AWAKE
 
 
 def test_sleep_is_seen_from_outside(engines: dict[str, Engine]) -> None:

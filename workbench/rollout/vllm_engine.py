@@ -230,6 +230,7 @@ class VLLMEngine(LocalEngine):
         engine = self._llm.llm_engine
         try:
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            self._rpc(_forget_step)
         except Exception as second:
             self._death = f"requests could not be aborted after {type(error).__name__}: {second}"
 
@@ -474,6 +475,12 @@ def _tidy(device: str) -> float:
 def _prepare_sleep(worker: Any) -> None:
     if worker.device.type == "cpu":
         worker.prepare_sleep()
+
+
+def _forget_step(worker: Any) -> None:
+    """A step that was cut between its forward pass and its sampling: vLLM would refuse every later one."""
+    if getattr(worker.model_runner, "execute_model_state", None) is not None:
+        worker.model_runner.execute_model_state = None
 
 
 def _close_sleep(worker: Any) -> None:
