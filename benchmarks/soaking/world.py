@@ -245,7 +245,7 @@ def orphans(ranks_pids: set[int], *, limit_s: float = _ORPHAN_LIMIT_S) -> list[s
     limit = time.monotonic() + limit_s
     while True:
         left = [line for child in psutil.Process().children() for line in _astray(child, ranks_pids)]
-        are_helpers = all("py-spy dump" in line for line in left)
+        are_helpers = all("py-spy" in line or line.endswith(": ") for line in left)  # no command: it is just starting or ending
         if not left or time.monotonic() > limit + (_HELPER_LIMIT_S if are_helpers else 0.0):
             return left
         time.sleep(0.05)
