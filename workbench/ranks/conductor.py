@@ -52,7 +52,7 @@ __all__ = ["Conductor"]
 
 _TICK_S = 0.02
 _LOOK_LIMIT_S = 0.3  # how long ranks may take to say where they are before a stop
-_SETTLE_S = 0.15  # how long a deadlock may take to become complete before it is told
+_SETTLE_S = 0.25  # how long a deadlock may take to become complete before it is told
 _LONG_WAIT_S = 0.1  # shorter waits are no reason to look for a circle
 _CHECK_SHARE = 20  # looking for deadlocks takes at most one part in so many of this thread's time
 _CALLED_OFF_S = 1.0  # until the next look after a deadlock that was none

@@ -68,7 +68,9 @@ def own_folder(kind: str) -> Path:
     is gone.
     """
     cluster = os.environ.get(FOLDER_VARIABLE, "")
-    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-", dir=cluster if os.path.isdir(cluster) else None))
+    if os.path.isdir(cluster):
+        return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=cluster))  # short: the paths of sockets in it are limited
+    folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{kind}-"))
     write_owner(folder, [])
     return folder
 

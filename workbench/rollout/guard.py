@@ -9,7 +9,6 @@ import logging
 import os
 import random
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,17 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from workbench.ranks.forkserver import FOLDER_VARIABLE
+from workbench.ranks.doctor import own_folder
 
 __all__ = ["last_lines", "log_to", "new_folder", "output_to", "process_state_kept"]
 
 
 def new_folder(kind: str) -> Path:
-    """A new 0700 folder for files of an engine; in a process of a cluster it lies in the cluster's, so that a kill leaves nothing."""
-    home = os.environ.get(FOLDER_VARIABLE, "")
-    if os.path.isdir(home):
-        return Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=home))
-    return Path(tempfile.mkdtemp(prefix=f"workbench-{kind}-"))
+    """A new 0700 folder for files of an engine; a kill leaves nothing in a cluster's process, and elsewhere what the doctor finds."""
+    return own_folder(kind)
 
 
 @contextmanager
