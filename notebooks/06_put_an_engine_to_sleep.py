@@ -133,7 +133,7 @@ print(f"idle, if each rank generated its own: {stats.idle_share:.0%}")
 # engine of its own, rank 0 would be done early and wait for rank 1. With one engine for both, all wait for the longest
 # completion.
 #
-# With a kernel you can turn this around by hand: another shape, one rank or one step only, and a slider that tries another
+# With a kernel you can turn this around by hand: other curves, ranks or steps compared, and a slider that tries another
 # `max_tokens`.
 
 # %%
