@@ -107,8 +107,9 @@ in_mib(run.sleep_report).assign(step=run.sleep_report["step"]).set_index("step")
 # What was freed was measured from outside the process: weights and KV cache, each time (and a little that the step itself
 # had left). Nothing was regained after the last step, since the engine still sleeps.
 #
-# Over time, with what ran under it on the same axis; find the three sleeps. With a kernel, the mouse (or the arrow keys)
-# tells what each process held at any time.
+# Over time, with what ran under it on the same axis; find the three sleeps. (Memory is read ten times a second, so a sleep
+# that is over sooner is hatched, and may not be seen to fall.) With a kernel, the mouse or the arrow keys tell what each
+# process held at any time.
 
 # %%
 wb.view.memory_explorer(run)
