@@ -38,6 +38,11 @@ class Kernel:
     def __init__(self) -> None:
         self.manager, self.client = start_new_kernel(kernel_name="python3", extra_arguments=["--IPKernelApp.log_level=ERROR"])
 
+    @property
+    def pid(self) -> int:
+        provisioner: Any = self.manager.provisioner
+        return int(provisioner.pid)
+
     def send(self, code: str) -> str:
         return str(self.client.execute(code))
 

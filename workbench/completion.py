@@ -26,7 +26,7 @@ from workbench.records import RankState
 
 __all__ = ["RankNames", "split_question"]
 
-OPTIONS = {"%launch": ("--layout", "--seed"), "%%ranks": ("--timeout", "--bg", "--out", "--quiet"), "%ranks": ()}
+OPTIONS = {"%launch": ("--layout", "--seed", "--record"), "%%ranks": ("--timeout", "--bg", "--out", "--quiet"), "%ranks": ()}
 _AXES = ("tp", "pp", "dp", "pcp", "dcp")
 _MOST_CHOICES = 16
 _PATH = re.compile(r"[^\W\d]\w*(?:\.\w+)*\.?\Z")

@@ -1,6 +1,6 @@
 """`%load_ext workbench`: cells on ranks, in any IPython: JupyterLab, Notebook, VS Code, nbclient, papermill, a terminal.
 
-    %launch 4 [--layout tp=2,pp=2] [--seed S]              binds `cluster`
+    %launch 4 [--layout tp=2,pp=2] [--seed S] [--record failures]      binds `cluster`
     %%ranks [selector] [--timeout S] [--bg] [--out NAME] [--quiet]
     %ranks status | diagnose | interrupt | restart | respawn K | ledger | close
 
@@ -30,7 +30,7 @@ from workbench.plan.layout import Layout
 from workbench.plan.selector import name_ranks
 from workbench.ranks.cluster import Cluster
 from workbench.ranks.handle import CellHandle, CellResult
-from workbench.ranks.launch import launch
+from workbench.ranks.launch import check_options, launch
 from workbench.ranks.messages import Inquiry
 from workbench.ranks.progress import is_notebook
 from workbench.ranks.stream import Stream, output_file
@@ -80,6 +80,7 @@ _LAUNCH = _parser(
     (["world_size"], {"type": int}),
     (["--layout"], {"default": None}),
     (["--seed"], {"type": int, "default": 0}),
+    (["--record"], {"choices": ["failures"], "default": None}),
 )
 _CELL = _parser(
     "%%ranks",
@@ -116,23 +117,25 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
     def launch(self, line: str) -> None:
         """Start N gloo ranks, a process each, and bind them to the variable `cluster`.
 
-        %launch N [--layout tp=2,pp=2] [--seed S]
+        %launch N [--layout tp=2,pp=2] [--seed S] [--record failures]
 
         --layout   axes and degrees: the groups are formed, and selectors such as tp=0 work
         --seed     rank r seeds random, numpy and torch with S + r (default 0)
+        --record   failures: keep the tape of a cell that fails, for wb.replay
 
         A cluster that is bound already is closed first. Afterwards: %%ranks runs a cell on the ranks, %ranks asks and steers them.
         """
         arguments = _LAUNCH.parse_args(_words(line))
+        try:
+            check_options(arguments.world_size, arguments.seed)
+        except ValueError as error:
+            raise BadLine(str(error)) from None
         layout = _layout(arguments.layout, arguments.world_size) if arguments.layout else None
         old = self.shell.user_ns.get("cluster")
         if isinstance(old, Cluster) and not old.is_closed:
             old.close()
             print(f"replaced cluster: its {old.world_size} ranks were ended")
-        try:
-            cluster = launch(arguments.world_size, seed=arguments.seed)
-        except ValueError as error:
-            raise BadLine(str(error)) from None
+        cluster = launch(arguments.world_size, seed=arguments.seed, record=arguments.record)
         if layout is not None:
             cluster.use(layout)
         self.shell.user_ns["cluster"] = cluster

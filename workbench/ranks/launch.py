@@ -10,7 +10,7 @@ from workbench.errors import LaunchError
 from workbench.ranks.cluster import Cluster
 from workbench.ranks.processes import LaunchOptions, Processes
 
-__all__ = ["launch"]
+__all__ = ["check_options", "launch"]
 
 _MOST_RANKS = 512
 _START_METHODS = ("forkserver", "spawn")
@@ -43,7 +43,7 @@ def launch(
         TypeError, ValueError: bad arguments; nothing was started.
         LaunchError: a rank did not come up.
     """
-    _check(world_size, seed, collective_timeout_s, start_method)
+    check_options(world_size, seed, collective_timeout_s, start_method)
     if record not in (None, "failures"):
         raise ValueError(f'record is {record!r}; it must be "failures" or None; cluster.record(dir) records what runs in its block')
     _replace_the_old_one()
@@ -64,7 +64,8 @@ def launch(
     return Cluster(processes)
 
 
-def _check(world_size: Any, seed: Any, collective_timeout_s: Any, start_method: str) -> None:
+def check_options(world_size: Any, seed: Any = 0, collective_timeout_s: Any = 1800, start_method: str = "forkserver") -> None:
+    """Refuse what `launch` would refuse, before anything is started or ended."""
     if isinstance(world_size, bool) or not isinstance(world_size, int):
         raise TypeError(f"world_size is {world_size!r} ({type(world_size).__name__}); it must be an int of at least 1")
     if not 1 <= world_size <= _MOST_RANKS:
