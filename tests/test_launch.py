@@ -158,6 +158,17 @@ def test_closing_while_a_cell_runs_tells_who_waits_for_it():
     assert repr(cluster) == "<Cluster of 2 ranks: closed>" and "closed" in cluster._repr_html_()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_bug_in_the_thread_that_serves_ranks_holds_nobody_up(monkeypatch):
+    with wb.launch(2) as cluster:
+        handle = cluster.execute("import time; time.sleep(600)", block=False)
+        monkeypatch.setattr(cluster._conductor, "_tick", lambda cell: 1 // 0)
+        with pytest.raises(wb.ClusterClosed):
+            handle.result(timeout_s=10)
+        with pytest.raises(wb.ClusterClosed):
+            cluster.execute("1")
+
+
 def test_a_fork_of_the_driver_takes_nothing_with_it():
     code = (
         "import os, workbench as wb\nfrom workbench.cli import main\nwith wb.launch(2) as cluster:\n    pid = os.fork()\n"

@@ -93,6 +93,7 @@ class Conductor:
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        self._waking = threading.Lock()
         self._todo: list[Callable[[], None]] = []
         self._is_closing = False
         for link in links:
@@ -104,6 +105,10 @@ class Conductor:
 
     def begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None = None) -> None:
         """Send a cell to its members; `value` is the same for all, `values` one a rank."""
+        if self._is_closing:
+            cell.stop_reason = "closed"
+            cell.finished.set()
+            return
         self._later(lambda: self._begin(cell, message, value, values))
 
     def stop(self, cell: ActiveCell, reason: StopReason) -> None:
@@ -191,7 +196,7 @@ class Conductor:
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):
+        with self._waking, contextlib.suppress(OSError):
             os.write(self._wake_write, b"x")
 
     def _attach(self, link: Link) -> None:
@@ -205,25 +210,36 @@ class Conductor:
                 self._selector.unregister(source)
 
     def _loop(self) -> None:
-        while not self._is_closing:
-            for key, events in self._selector.select(_TICK_S if self.active is not None else 0.5):
-                if key.data is None:
-                    with contextlib.suppress(BlockingIOError):
-                        os.read(self._wake_read, 4096)
-                else:
-                    link, handle = key.data
-                    handle(link, key.fd, events)
-            while self._todo:
-                self._todo.pop(0)()
-            if self.active is not None:
-                self._tick(self.active)
+        try:
+            while not self._is_closing:
+                self._turn()
+        finally:  # a bug of ours that ends this thread ends the cell too: nobody waits for ever
+            self._leave()
+
+    def _turn(self) -> None:
+        for key, events in self._selector.select(_TICK_S if self.active is not None else 0.5):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._wake_read, 4096)
+            else:
+                link, handle = key.data
+                handle(link, key.fd, events)
+        while self._todo:
+            self._todo.pop(0)()
+        if self.active is not None:
+            self._tick(self.active)
+
+    def _leave(self) -> None:
+        self._is_closing = True
         self._abandon()
         for link in self.links:
             self._detach(link)
             link.close()
         self._selector.close()
-        for fd in (self._wake_read, self._wake_write):
-            os.close(fd)
+        with self._waking:  # a later wake must not write to whatever is given these numbers next
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            self._wake_read = self._wake_write = -1
 
     def _abandon(self) -> None:
         cell = self.active
