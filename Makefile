@@ -5,8 +5,9 @@ DEVICE =
 BIN = $(VENV)/bin
 RELAXED = --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls --allow-untyped-decorators --allow-any-generics --no-warn-return-any
 
-# idle OpenMP threads sleep instead of spinning, which starves the other processes of a small box
+# idle OpenMP threads spin only for the moment between two operations: longer starves the other processes of a small box
 export OMP_WAIT_POLICY ?= PASSIVE
+export GOMP_SPINCOUNT ?= 4000
 
 .PHONY: help setup demo test test-slow test-browser lab check notebooks figures bench gpu-check clean ready
 .DEFAULT_GOAL := help

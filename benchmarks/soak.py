@@ -149,7 +149,7 @@ class Soak:
         if closing.is_alive():
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
-        left = orphans(set()) + [f"file {name}" for name in (leftover_files(self.folder) if self.folder else ())]
+        left = orphans(set(), since_s=world.opened_s) + [f"file {name}" for name in (leftover_files(self.folder) if self.folder else ())]
         if left or closing.is_alive():
             zero = Zero.HANG if closing.is_alive() else Zero.ORPHAN
             what = "the world did not close" if closing.is_alive() else "; ".join(left)

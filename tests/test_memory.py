@@ -85,7 +85,7 @@ def test_readings_that_cost_much_are_rare_and_the_curve_still_moves_at_once(chil
         return read_pss_bytes(pid)
 
     monkeypatch.setattr(sys.modules[MemorySampler.__module__], "read_pss_bytes", costly)
-    sampler = MemorySampler()
+    sampler = MemorySampler(max_load=0.1)
     sampler.watch(child.pid, "engine")
     sampler.sample()
     tell(child)

@@ -97,6 +97,7 @@ class World:
         names: rank -> what it was last seen to hold.
         generation: of the objects that live on the ranks now.
         greedy: tokens that every engine of the whole run gives; shared by the worlds.
+        opened_s: when, in seconds since the epoch; what this process had started before is nobody's orphan.
     """
 
     plan: Plan
@@ -105,9 +106,11 @@ class World:
     names: dict[int, Names] = field(default_factory=dict)
     generation: int = 0
     num_calls: int = 0
+    opened_s: float = 0.0
 
     def open(self) -> None:
         """Start the ranks, and what lives on them."""
+        self.opened_s = time.time()
         self.cluster = wb.launch(self.plan.world_size, check_collectives=self.plan.is_checked, collective_timeout_s=600)
         self.cluster.use(wb.Layout(world_size=self.plan.world_size, tp=self.plan.tp))
         self.settle()
@@ -237,18 +240,30 @@ class World:
             raise Broken(Zero.WRONG, f"greedy tokens {said}, must be {self.greedy}")
 
     def orphans(self) -> list[str]:
-        return orphans({self.cluster.pid(rank) for rank in range(self.plan.world_size)})
+        return orphans({self.cluster.pid(rank) for rank in range(self.plan.world_size)}, since_s=self.opened_s)
 
 
-def orphans(ranks_pids: set[int], *, limit_s: float = _ORPHAN_LIMIT_S) -> list[str]:
-    """Descendants of this process that are no fork server, no rank and no rank's own child, still there after `limit_s`; a line each."""
+def orphans(ranks_pids: set[int], *, since_s: float = 0.0, limit_s: float = _ORPHAN_LIMIT_S) -> list[str]:
+    """Descendants of this process that are no fork server, no rank and no rank's own child, still there after `limit_s`; a line each.
+
+    Args:
+        since_s: children of this process that began earlier, in seconds since the epoch, do not count.
+    """
     limit = time.monotonic() + limit_s
     while True:
-        left = [line for child in psutil.Process().children() for line in _astray(child, ranks_pids)]
+        children = [child for child in psutil.Process().children() if _began_s(child) >= since_s]
+        left = [line for child in children for line in _astray(child, ranks_pids)]
         are_helpers = all("py-spy" in line or line.endswith(": ") for line in left)  # no command: it is just starting or ending
         if not left or time.monotonic() > limit + (_HELPER_LIMIT_S if are_helpers else 0.0):
             return left
         time.sleep(0.05)
+
+
+def _began_s(process: psutil.Process) -> float:
+    try:
+        return float(process.create_time())
+    except psutil.Error:
+        return 0.0
 
 
 def _astray(process: psutil.Process, ranks_pids: set[int]) -> list[str]:

@@ -4,7 +4,7 @@ Knows pids and the names they were given. Does not know cells, engines or spans:
 and which phase it is.
 
 The kernel walks every page of a process to tell its PSS: 30 ms of CPU for 1 GiB, 1 ms for an idle rank. Ten times a second that would slow
-down what is watched. So readings of PSS take at most a tenth of one core (`MAX_LOAD`), and between two readings PSS moves with RSS, which
+down what is watched. So readings of PSS take at most 3 % of one core (`MAX_LOAD`), and between two readings PSS moves with RSS, which
 costs 20 microseconds; the next reading puts right what sharing changed meanwhile.
 """
 
@@ -76,7 +76,7 @@ class NvmlMemory:
         return used
 
 
-MAX_LOAD = 0.1  # cores that readings of PSS may take, all processes together
+MAX_LOAD = 0.03  # cores that readings of PSS may take, all processes together
 
 
 @dataclass(slots=True)

@@ -13,13 +13,16 @@ import contextlib
 import ctypes
 import errno
 import gc
+import itertools
 import mmap
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -37,6 +40,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
+_NUM_READERS = min(4, len(os.sched_getaffinity(0)))
 _CHUNK_BYTES = 1 << 30  # one read or write moves at most 2 GiB - 4 KiB
 
 
@@ -256,10 +260,11 @@ class Sleeper:
         if self._backup is None:
             self._reload()
             return
-        os.lseek(self._backup.fileno(), 0, os.SEEK_SET)
-        for block in self._blocks["weights"]:
-            block.prefer_huge_pages()
-            _read_all(self._backup.fileno(), block.view())
+        blocks, fd = self._blocks["weights"], self._backup.fileno()
+        starts = itertools.accumulate((block.num_bytes for block in blocks[:-1]), initial=0)
+        with ThreadPoolExecutor(_NUM_READERS) as readers:  # half of a wake is page faults, which cores share
+            for _ in readers.map(partial(_restore, fd), blocks, starts):
+                pass
         file, self._backup = self._backup, None
         threading.Thread(target=file.close, name="workbench-backup").start()  # freeing its pages takes as long as reading them did
 
@@ -269,12 +274,15 @@ def _write_all(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view[:_CHUNK_BYTES]) :]
 
 
-def _read_all(fd: int, view: memoryview) -> None:
+def _restore(fd: int, block: Block, start: int) -> None:
+    """Read the bytes [start, start + block.num_bytes) of a file into the block."""
+    block.prefer_huge_pages()
+    view = block.view()
     while view:
-        count = os.readv(fd, [view[:_CHUNK_BYTES]])
+        count = os.preadv(fd, [view[:_CHUNK_BYTES]], start)
         if count == 0:
             raise EngineError("the saved weights end early\nthe engine cannot wake; close it and start another")
-        view = view[count:]
+        view, start = view[count:], start + count
 
 
 def default_backup_dir() -> Path:
