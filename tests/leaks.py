@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Collection
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -56,7 +56,7 @@ def left_since(before: Belongings, *, wait_s: float = 5.0) -> list[str]:
     """What is new since `before` and does not go away within `wait_s`, a line each; [] when all is clean."""
     deadline = time.monotonic() + wait_s
     while True:
-        left = _new_processes(before) + _new_shared_memory(before) + _new_temporary(before)
+        left = new_processes(before.pids) + _new_shared_memory(before) + _new_temporary(before)
         if not left or time.monotonic() > deadline:
             return left
         gc.collect()  # an exception that the test caught may hold frames, and they a queue or a file
@@ -70,27 +70,32 @@ def close_figures() -> None:
         pyplot.close("all")
 
 
-def _new_processes(before: Belongings) -> list[str]:
-    new = [p for p in psutil.Process().children(recursive=True) if p.pid not in before.pids]
-    return [f"process {p.pid}: {_told(p.cmdline)}" for p in new if not _is_helper(p)]
+def own_fork_server() -> psutil.Process:
+    """The process that forks this one's ranks."""
+    return next(p for p in psutil.Process().children() if "forkserver" in command_of(p))
+
+
+def new_processes(known: Collection[int]) -> list[str]:
+    """Descendants with other pids than `known`, a line each; helpers of this very process and what has ended are left out."""
+    new = [p for p in psutil.Process().children(recursive=True) if p.pid not in known]
+    return [f"process {p.pid}: {command_of(p)[:120]}" for p in new if not _is_helper(p)]
 
 
 def _is_helper(process: psutil.Process) -> bool:
     """A fork server or resource tracker of this very process, or one that has ended; what a fork server made is no helper."""
     try:
-        if process.status() == psutil.STATUS_ZOMBIE:
-            return True
-        command = " ".join(process.cmdline())
-        return process.ppid() == os.getpid() and ("forkserver" in command or "resource_tracker" in command)
+        command = command_of(process)
+        return not command or process.ppid() == os.getpid() and ("forkserver" in command or "resource_tracker" in command)
     except psutil.Error:
         return True
 
 
-def _told(command: Callable[[], list[str]]) -> str:
+def command_of(process: psutil.Process) -> str:
+    """Its command line; "" when it has ended, even where nobody has asked for its exit code yet: orphans that came here stay so."""
     try:
-        return " ".join(command())[:120]
+        return " ".join(process.cmdline())
     except psutil.Error:
-        return "gone"
+        return ""
 
 
 def _new_shared_memory(before: Belongings) -> list[str]:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import leaks
 import psutil
 import pytest
 
@@ -222,15 +223,9 @@ def test_an_engine_that_cannot_be_is_refused_and_leaves_nothing(cluster, options
         wb.start_engine(cluster, **options)
     assert told in str(caught.value)
     limit = time.monotonic() + 5
-    while time.monotonic() < limit and left(before):
+    while time.monotonic() < limit and leaks.new_processes(before):
         time.sleep(0.05)
-    assert not left(before)
-
-
-def left(before: set[int]) -> list[str]:
-    """New descendants, but for the server that forks engines."""
-    found = [p for p in psutil.Process().children(recursive=True) if p.pid not in before and p.status() != psutil.STATUS_ZOMBIE]
-    return [" ".join(p.cmdline()) for p in found if not (p.ppid() == os.getpid() and "forkserver" in " ".join(p.cmdline()))]
+    assert not leaks.new_processes(before)
 
 
 def test_a_closed_cluster_starts_no_engine():

@@ -11,6 +11,7 @@ import threading
 import time
 from typing import Any
 
+import leaks
 import psutil
 import pytest
 
@@ -108,7 +109,7 @@ def test_many_launches_leave_no_descriptors_threads_or_processes():
     wb.launch(4).close()  # the server is warm from here on
     children = {p.pid for p in psutil.Process().children(recursive=True)}
     before = descriptors(), threading.active_count(), num_native_threads()
-    server = next(p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline()))
+    server = leaks.own_fork_server()
     held = server.num_fds()
     for _ in range(20):
         with wb.launch(4) as cluster:
@@ -119,7 +120,7 @@ def test_many_launches_leave_no_descriptors_threads_or_processes():
         time.sleep(0.05)
     assert (descriptors(), threading.active_count(), num_native_threads()) <= before
     assert server.num_fds() == held
-    assert {p.pid for p in psutil.Process().children(recursive=True)} <= children
+    assert not leaks.new_processes(children)
 
 
 def num_native_threads() -> int:

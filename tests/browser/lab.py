@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import leaks
 import nbformat
 import psutil
 from nbformat.v4 import new_code_cell, new_notebook
@@ -160,7 +161,7 @@ class Lab:
         """The kernels' processes."""
         assert self._process is not None
         children = psutil.Process(self._process.pid).children()
-        return [child for child in children if any("ipykernel" in part for part in child.cmdline())]
+        return [child for child in children if "ipykernel" in leaks.command_of(child)]
 
 
 class Notebook:

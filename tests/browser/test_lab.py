@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import leaks
 import psutil
 import pytest
 from playwright.sync_api import expect
@@ -101,4 +102,4 @@ def test_a_kernel_restart_leaves_no_process(lab: Lab, open_notebook: Open) -> No
     assert len(ranks_and_servers) > 4  # three ranks, an engine, and those that forked them
     notebook.restart_kernel()
     gone, alive = psutil.wait_procs([kernel, *ranks_and_servers], timeout=5)
-    assert not alive, f"{len(gone)} ended; left: {[process.cmdline()[:4] for process in alive]}"
+    assert not alive, f"{len(gone)} ended; left: {[leaks.command_of(process)[:120] for process in alive]}"
