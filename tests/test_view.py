@@ -35,9 +35,12 @@ def title(ax: Axes) -> str:
 
 
 def legend_labels(ax: Axes) -> list[str]:
+    """Labels as a person reads them: row by row."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
-    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    figure.draw_without_rendering()
+    places = {text: text.get_window_extent() for legend in figure.legends for text in legend.get_texts()}
+    return [text.get_text() for text in sorted(places, key=lambda text: (-round(places[text].y0 / 4), places[text].x0))]
 
 
 def bars(ax: Axes) -> list[Rectangle]:

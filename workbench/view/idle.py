@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 
 from workbench.view.style import FULL_SIZE, IDLE_COLOR, OKABE_ITO, add_legend, house_style, is_small, new_axes, set_finding, show_empty
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["idle_by_rank", "plot_idle"]
 
 TIMES = ("sum", "max")
+_MOST_NAMES = 16  # on the axis; of more ranks every second, third, ... is named
 
 
 def plot_idle(
@@ -58,9 +58,8 @@ def plot_idle(
         ax.set_xlim(-0.6, len(busy) - 0.4)
         ax.set_xlabel("rank")
         ax.set_ylabel("tokens" if time == "sum" else "tokens of the longest")
-        ax.xaxis.set_major_locator(MaxNLocator(min(16, len(busy)), integer=True, min_n_ticks=1))
-        ticks = [place for place in ax.get_xticks() if 0 <= place < len(busy)]
-        ax.set_xticks(ticks, [str(busy.index[int(place)]) for place in ticks])
+        named = places[:: -(-len(busy) // _MOST_NAMES)]
+        ax.set_xticks(named, [str(rank) for rank in busy.index[named]])
         set_finding(ax, _finding(busy, total))
         looks = Patch(color=OKABE_ITO[0], label="generates"), Patch(facecolor=IDLE_COLOR, edgecolor="#8C8C8C", hatch="////", label="waits")
         add_legend(ax, looks)

@@ -20,6 +20,7 @@ from workbench.plan.layout import Layout
 from workbench.plan.partition import PARTITION_VARIABLE
 from workbench.view.layout import NUM_COLORS, check_axis, plot_layout
 from workbench.view.layout_spec import LayoutSpec, code_of, layout_of, spec_of
+from workbench.view.moving import read_scripts
 from workbench.view.style import alt_text, figure_png, rank_color
 
 __all__ = ["LayoutExplorer", "layout_explorer"]
@@ -46,7 +47,7 @@ class LayoutExplorer(AnyWidget):  # type: ignore[misc]  # anywidget has no types
         num_cluster_ranks: world size of the cluster that can be handed the layout, 0 without one.
     """
 
-    _esm = (HERE / "layout_plan.js").read_text() + (HERE / "layout_explorer.js").read_text()
+    _esm = read_scripts("layout_plan.js", "layout_explorer.js")
     _css = HERE / "layout_explorer.css"
     spec = traitlets.Dict().tag(sync=True)
     rank = traitlets.Int(0).tag(sync=True)

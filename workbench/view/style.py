@@ -223,7 +223,8 @@ def add_legend(ax: Axes, handles: Sequence[Any]) -> None:
     font_pt = matplotlib.rcParams["legend.fontsize"]
     widest = max(len(str(handle.get_label())) for handle in handles) * 0.55 * font_pt + 5 * font_pt
     num_columns = max(1, min(len(handles), int(float(figure.get_size_inches()[0]) * 72 / widest)))
-    part.legend(handles=list(handles), loc="outside lower center", ncols=num_columns, handlelength=1.6, columnspacing=1.4)
+    by_row = [handle for column in range(num_columns) for handle in handles[column::num_columns]]  # matplotlib fills columns first
+    part.legend(handles=by_row, loc="outside lower center", ncols=num_columns, handlelength=1.6, columnspacing=1.4)
 
 
 def show_empty(ax: Axes, text: str) -> Axes:

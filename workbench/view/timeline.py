@@ -45,11 +45,11 @@ def plot_timeline(run: Run | pd.DataFrame, ax: Axes | None = None, *, size: tupl
         if work.empty:
             return show_empty(ax, "no spans to show")
         rows = {rank: row for row, rank in enumerate(sorted(work["rank"].unique().tolist()))}
-        end_s = float(work["end_s"].max())
+        start_s, end_s = float(work["start_s"].min()), float(work["end_s"].max())
         _shade_idle(ax, work, rows)
         handles = _draw_spans(ax, work, rows)
         _name_rows(ax, list(rows))
-        ax.set_xlim(min(0.0, float(work["start_s"].min())), end_s * 1.005 or 1.0)
+        ax.set_xlim(start_s, end_s + 0.005 * (end_s - start_s) if end_s > start_s else start_s + 1.0)
         ax.set_xlabel("seconds since the run's start")
         num_label_rows = label_times(ax, _events(frame))
         set_finding(ax, _finding(work), num_label_rows=num_label_rows)
