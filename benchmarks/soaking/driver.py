@@ -87,7 +87,7 @@ class Driver:
     def __init__(self, plan: Plan, body: str, engine: str, folder: str) -> None:
         command = [sys.executable, "-m", "benchmarks.soaking.driver", str(plan.world_size), str(plan.tp), body, engine]
         self._folder = Path(folder)
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.TemporaryFile()
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True, env={**os.environ, "TMPDIR": folder})
 
     def interrupt(self) -> None:

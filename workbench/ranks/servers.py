@@ -41,7 +41,7 @@ class ForkServer:
     def __init__(self, preload: Sequence[str], extra: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
         self._sock = ours
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.TemporaryFile()
         # idle OpenMP threads sleep: long spinning, the default, starves ranks and engines of a small box (25 times slower under load).
         # A short spin bridges the gap to the next operation: as fast as the default on idle cores
         waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "4000"}

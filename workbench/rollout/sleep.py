@@ -173,14 +173,6 @@ class Sleeper:
         """Bytes of a tag when awake."""
         return sum(block.num_bytes for block in self._blocks[tag])
 
-    def held_bytes(self, tag: str) -> int:
-        """Bytes of a tag now; 0 while it sleeps."""
-        return 0 if tag in self.asleep else self.num_bytes(tag)
-
-    @property
-    def backup_bytes(self) -> int:
-        return 0 if self._backup is None else self.num_bytes("weights")
-
     def commit_kv_cache(self) -> None:
         """Make the KV cache resident, so that the first sleep frees all of it."""
         for block in self._blocks["kv_cache"]:
