@@ -30,7 +30,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FOLDER_VARIABLE", "Exited", "Spawn", "Spawned", "main", "read_frame", "write_frame"]
+__all__ = ["FOLDER_VARIABLE", "Exited", "Spawn", "Spawned", "import_at_once", "main", "read_frame", "write_frame"]
 
 _SIZE = struct.Struct("<Q")
 _MAX_FDS = 16
@@ -109,6 +109,18 @@ def _read(sock: socket.socket, size: int) -> bytes:
             raise ConnectionError("the other end closed inside a record")
         data += piece
     return bytes(data)
+
+
+def import_at_once(*modules: str) -> None:
+    """Import without the garbage collector, which otherwise looks through all of torch several times: a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        for name in modules:
+            importlib.import_module(name)
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class _Watch:
@@ -257,8 +269,7 @@ def _take_descriptors(out: int, err: int) -> None:
 def main(argv: list[str]) -> None:
     sock, driver = socket.socket(fileno=int(argv[0])), int(argv[1])
     watch = _Watch(sock, driver)
-    for name in argv[2:]:
-        importlib.import_module(name)
+    import_at_once(*argv[2:])
     watch.end()
     torch = sys.modules.get("torch")  # absent in a server that leaves the import to its children (spawn)
     if torch is not None and torch.cuda.is_initialized():
@@ -266,6 +277,5 @@ def main(argv: list[str]) -> None:
             sock, Spawned(pid=0, error="importing made a CUDA context, which children cannot inherit: launch with start_method='spawn'")
         )
         return
-    gc.collect()
     gc.freeze()  # children then do not touch (and so copy) the pages of what is imported
     _Server(sock, driver).serve()

@@ -22,7 +22,7 @@ from workbench.plan.layout import Layout
 from workbench.ranks.board import Board
 from workbench.ranks.conductor import Conductor
 from workbench.ranks.doctor import write_owner
-from workbench.ranks.forkserver import FOLDER_VARIABLE
+from workbench.ranks.forkserver import FOLDER_VARIABLE, import_at_once
 from workbench.ranks.link import Link
 from workbench.ranks.observer import Observed
 from workbench.ranks.servers import ForkServer, describe_exit, fork_server
@@ -184,6 +184,7 @@ class Processes:
 
 def _start_store() -> tuple[int, object]:
     """A TCPStore served by the driver; it listens on loopback only because it is handed a socket that already does."""
+    import_at_once("torch.distributed")
     import torch.distributed as dist
 
     with contextlib.ExitStack() as stack:
