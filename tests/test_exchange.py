@@ -12,7 +12,7 @@ from worlds import run_world
 
 import workbench as wb
 from workbench.rollout.batch import empty_batch, select
-from workbench.rollout.exchange import Exchange, Phase, joined_size
+from workbench.rollout.exchange import SIZES, Exchange, Phase
 from workbench.rollout.packing import pack_batch, pack_prompts, unpack_batch, unpack_prompts
 
 PROMPTS: list[Any] = ["1+1=", [1, 2, 300_000], "", "été 数 \ud800", {"prompt": "<image> a", "images": [np.eye(2)]}]
@@ -100,12 +100,13 @@ def everything(rank):
     own = np.arange(rank * 5, dtype=np.uint8)
     sizes = np.array([r * 5 for r in range(size)])
     root = size - 1
-    met = exchange.meet(Phase.GATHER, rank, -rank).tolist()
+    parts = [np.full(r + 1, r, np.uint8) for r in range(size)] if rank == root else None
+    table = exchange.meet(Phase.GATHER, rank, -rank, buffers=parts)
+    met, told = table.tolist(), table[root, SIZES]
     gathered = exchange.gather_buffers(own, sizes, root)
     alike = [b.tolist() for b in exchange.all_gather_buffers(own, sizes)]
-    parts = [np.full(r + 1, r, np.uint8) for r in range(size)] if rank == root else None
-    scattered = exchange.scatter_buffers(parts, root).tolist()
-    joined = exchange.broadcast_buffers(parts, joined_size([np.zeros(r + 1, np.uint8) for r in range(size)]), root).tolist()
+    scattered = exchange.scatter_buffers(parts, told, root).tolist()
+    joined = exchange.broadcast_buffers(parts, told, root).tolist()
     return met, None if gathered is None else [b.tolist() for b in gathered], alike, scattered, joined, exchange.num_bytes
 
 
@@ -114,7 +115,8 @@ def test_buffers_reach_the_ranks_they_are_for(world_size):
     told = run_world(world_size, everything)
     buffers = [list(range(r * 5)) for r in range(world_size)]
     for rank, (met, gathered, alike, scattered, joined, num_bytes) in enumerate(told):
-        assert met == [[r, -r, 0, 0, 0] for r in range(world_size)]
+        sizes = [r + 1 for r in range(world_size)]
+        assert met == [[r, -r, 0, 0, 0, *(sizes if r == world_size - 1 else [0] * world_size)] for r in range(world_size)]
         assert gathered == (buffers if rank == world_size - 1 else None)
         assert alike == buffers
         assert scattered == joined == [rank] * (rank + 1)

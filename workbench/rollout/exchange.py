@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from workbench.errors import EngineError, GroupError, StaleGroupError
 
-__all__ = ["Buffer", "Exchange", "Phase", "joined_size"]
+__all__ = ["SIZES", "Buffer", "Exchange", "Phase"]
 
 Buffer = NDArray[np.uint8]
 
-_NUM_NUMBERS = 5  # every meeting has this many, so that two different phases still meet and are told apart
+_NUM_NUMBERS = 5  # every meeting has this many and a size a rank, so that two different phases still meet and are told apart
+SIZES = slice(_NUM_NUMBERS, None)  # in what a meeting gives
 _KINDS: tuple[type[Exception], ...] = (EngineError, ValueError, StaleGroupError, GroupError)  # what a rank may tell the others
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the newer name of the same operation
 
@@ -89,15 +90,18 @@ class Exchange:
         """This rank's place in the group."""
         return self.ranks.index(self.rank)
 
-    def meet(self, phase: Phase, *numbers: int, error: Exception | None = None) -> NDArray[np.int64]:
+    def meet(
+        self, phase: Phase, *numbers: int, buffers: Sequence[Buffer] | None = None, error: Exception | None = None
+    ) -> NDArray[np.int64]:
         """Tell everyone a few numbers and learn theirs; one collective.
 
         Args:
             numbers: at most 5; missing ones are 0.
+            buffers: one a rank, [size], which this rank is about to hand out; their sizes are told.
             error: why this rank cannot go on.
 
         Returns:
-            What each rank told, [size, 5], in group order.
+            What each rank told, [size, 5 + size], in group order: its numbers and, at `SIZES`, the bytes that it has for each rank.
 
         Raises:
             ValueError: ranks are in different phases.
@@ -106,7 +110,8 @@ class Exchange:
         """
         kind = -1 if error is None else next((i for i, known in enumerate(_KINDS) if isinstance(error, known)), 0)
         told = b"" if error is None else _tell(error).encode("utf-8", "backslashreplace")
-        row = [int(phase), kind, len(told), *numbers, *[0] * (_NUM_NUMBERS - len(numbers))]
+        sizes = [buffer.size for buffer in buffers] if buffers else [0] * self.size
+        row = [int(phase), kind, len(told), *numbers, *[0] * (_NUM_NUMBERS - len(numbers)), *sizes]
         table = self.all_gather_numbers(row)
         self._check_phases(table[:, 0])
         if (table[:, 1] >= 0).any():
@@ -170,36 +175,32 @@ class Exchange:
             return None
         return [own if i == root else self._receive(int(sizes[i]), i) for i in range(self.size)]
 
-    def scatter_buffers(self, buffers: Sequence[Buffer] | None, root: int) -> Buffer:
-        """This rank's own of the root's buffers; two messages a rank: the size, the bytes.
+    def scatter_buffers(self, buffers: Sequence[Buffer] | None, sizes: NDArray[np.int64], root: int) -> Buffer:
+        """This rank's own of the root's buffers; one message a rank.
 
         Args:
             buffers: one a rank on the root, [size]; None elsewhere.
+            sizes: bytes of each, [size], known to all.
             root: index in the group.
         """
         if self.index != root:
-            size = self._receive(8, root).view(np.int64)
-            return self._receive(int(size[0]), root)
+            return self._receive(int(sizes[self.index]), root)
         assert buffers is not None
         for i, buffer in enumerate(buffers):
             if i != root:
-                self._send(np.array([buffer.size], np.int64), i)
                 self._send(buffer, i)
         return buffers[root]
 
-    def broadcast_buffers(self, buffers: Sequence[Buffer] | None, size: int, root: int) -> Buffer:
-        """As `scatter_buffers`, but everything goes to everyone, who then keeps its own; one collective.
-
-        Args:
-            size: `joined_size(buffers)`, known to all.
-        """
+    def broadcast_buffers(self, buffers: Sequence[Buffer] | None, sizes: NDArray[np.int64], root: int) -> Buffer:
+        """As `scatter_buffers`, but everything goes to everyone, who then keeps its own; one collective."""
         if self.size == 1:
             assert buffers is not None
             return buffers[0]
-        joined = np.empty(size, np.uint8) if buffers is None else _join(buffers)
+        ends = np.cumsum(sizes)
+        joined = np.empty(int(ends[-1]), np.uint8) if buffers is None else np.concatenate(buffers)
         dist.broadcast(torch.from_numpy(joined), src=self.ranks[root], group=self.process_group)
-        self.num_bytes += size * (self.size - 1 if self.index == root else 1)
-        return _part(joined, self.size, self.index)
+        self.num_bytes += joined.size * (self.size - 1 if self.index == root else 1)
+        return joined[int(ends[self.index] - sizes[self.index]) : int(ends[self.index])]
 
     def _send(self, array: NDArray[Any], index: int) -> None:
         """Blocking, as `_receive` is: the cluster watches such messages, and can stop a rank that waits for one."""
@@ -215,21 +216,6 @@ class Exchange:
 
 def _tell(error: Exception) -> str:
     return str(error) if isinstance(error, _KINDS) else f"{type(error).__name__}: {error}"
-
-
-def joined_size(buffers: Sequence[Buffer]) -> int:
-    """Bytes of buffers joined for a broadcast: their sizes (int64 each) and themselves."""
-    return 8 * len(buffers) + sum(buffer.size for buffer in buffers)
-
-
-def _join(buffers: Sequence[Buffer]) -> Buffer:
-    sizes = np.array([buffer.size for buffer in buffers], np.int64)
-    return np.concatenate([sizes.view(np.uint8), *buffers])
-
-
-def _part(joined: Buffer, count: int, index: int) -> Buffer:
-    starts = 8 * count + np.concatenate([[0], np.cumsum(joined[: 8 * count].view(np.int64))])
-    return joined[int(starts[index]) : int(starts[index + 1])]
 
 
 def _check_group(group: Any) -> None:

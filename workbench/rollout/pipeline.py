@@ -28,7 +28,7 @@ from workbench.records import GatheredPrompts, Prompt, RolloutBatch, Sampling, S
 from workbench.rollout.batch import select
 from workbench.rollout.bisect import generate_bisected
 from workbench.rollout.engine import Engine, Origin
-from workbench.rollout.exchange import Buffer, Exchange, Phase, joined_size
+from workbench.rollout.exchange import SIZES, Buffer, Exchange, Phase
 from workbench.rollout.packing import pack_batch, pack_prompts, unpack_batch, unpack_prompts
 from workbench.rollout.provenance import check_counts, check_order, check_provenance, number_origins, origins_of
 from workbench.rollout.shards import check_num_samples, check_prompts
@@ -39,7 +39,7 @@ SCATTER_VARIABLE = "WORKBENCH_SCATTER"
 _WAYS = ("scatter", "broadcast")
 _EVERYWHERE = -1  # in place of a root: every member generates
 _NUM_PROMPTS, _HAS_COUNTS, _NUM_BYTES, _CONTRACT, _ROOT = range(5)  # what ranks tell when they gather
-_WAY, _JOINED_BYTES, _DIGEST = range(3)  # and when they scatter
+_WAY, _DIGEST = range(2)  # and when they scatter
 
 Offsets = NDArray[np.int64]
 T = TypeVar("T")
@@ -215,7 +215,7 @@ class _Rollout(ABC):
         parcel, error = _attempt(lambda: self._wrap(make(), self._check_offsets(offsets)))
         parcel = parcel or _Parcel()
         way = _WAYS.index(self._way)
-        table = exchange.meet(Phase.SCATTER, way, joined_size(parcel.buffers), parcel.digest, 0, self._root, error=error)
+        table = exchange.meet(Phase.SCATTER, way, parcel.digest, 0, 0, self._root, buffers=parcel.buffers, error=error)
         _check_roots(table, exchange.ranks)
         started_s = parcel.started_s
         if not self._is_generating:
@@ -313,10 +313,9 @@ class RootedRollout(_Rollout):
 
     def _deliver(self, parcel: _Parcel, table: NDArray[np.int64]) -> RolloutBatch:
         buffers = parcel.buffers if self._is_generating else None
-        if _WAYS[int(table[self._root, _WAY])] == "scatter":
-            own = self._exchange.scatter_buffers(buffers, self._root)
-        else:
-            own = self._exchange.broadcast_buffers(buffers, int(table[self._root, _JOINED_BYTES]), self._root)
+        told = table[self._root]
+        give = self._exchange.scatter_buffers if _WAYS[int(told[_WAY])] == "scatter" else self._exchange.broadcast_buffers
+        own = give(buffers, told[SIZES], self._root)
         return parcel.own if parcel.own is not None else unpack_batch(own)
 
 
