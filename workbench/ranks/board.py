@@ -17,6 +17,7 @@ import ctypes
 import errno
 import mmap
 import os
+import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ _HEAD_WORDS = 16
 _PLACE_BYTES = 512
 _LEDGER_ROWS = 4096
 _LEDGER_WORDS = 8
+_ROW = struct.Struct(f"={_LEDGER_WORDS}q")
 _STARTED, _ARRIVED, _ENDED = 4, 5, 6  # words of a ledger row: times, ns
 _FIRST_SLOT = _HEAD_WORDS + _PLACE_BYTES // _WORD
 _FIRST_DATA = _FIRST_SLOT + _NUM_SLOTS * _SLOT_WORDS  # two places for each slot: a peer is at most one ahead of who still reads
@@ -339,8 +341,7 @@ class Board:
         base = rank * _AREA_WORDS
         total = self._words[base + _NUM_LEDGER]
         at = base + _AREA_WORDS - _LEDGER_ROWS * _LEDGER_WORDS + (total % _LEDGER_ROWS) * _LEDGER_WORDS
-        for offset, value in enumerate(row):
-            self._words[at + offset] = value
+        _ROW.pack_into(self._map, at * _WORD, *row)
         self._words[base + _NUM_LEDGER] = total + 1
         return total
 
@@ -412,10 +413,9 @@ class Board:
         return (rank * _AREA_WORDS + _FIRST_DATA) * _WORD + (2 * index + place) * _DATA_BYTES
 
     def _ring_bell(self, base: int) -> None:
-        address = self._address + (base + _BELL) * _WORD
-        bell = ctypes.c_uint32.from_address(address)
-        bell.value += 1
-        _libc.syscall(_SYS_FUTEX, ctypes.c_void_p(address), _FUTEX_WAKE, _EVERYONE, None, None, 0)
+        self._words[base + _BELL] = (self._words[base + _BELL] + 1) & 0xFFFFFFFF
+        address = ctypes.c_void_p(self._address + (base + _BELL) * _WORD)
+        _libc.syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, None, 0)
 
     def _wait_for_bell(self, peer: int, seen: int, timeout_s: float) -> None:
         limit = _Timespec(0, int(timeout_s * 1e9))

@@ -5,10 +5,12 @@ Knows groups' names and lines of source. Does not know torch's operators nor how
 
 from __future__ import annotations
 
+import functools
 import linecache
 import os
 import sys
 import sysconfig
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ __all__ = ["Call", "KnownGroup", "key_of", "mismatch_text", "place_of", "user_fr
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib", "stdlib")})
+_last = threading.local()  # what `place_of` found last in this thread
 _NOT_USER_CODE = (*_LIBRARIES, os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
 
 
@@ -35,6 +38,7 @@ class KnownGroup:
     Attributes:
         key: its name on the board: the same number on all members, another one in each generation.
         ranks: global ranks, in group order.
+        peers: those of the others, where this rank is a member.
         connections: sockets that were opened to form it.
         outlives_generations: it does not belong to the world's process group: a place of a stateless group.
     """
@@ -43,6 +47,7 @@ class KnownGroup:
     name: str
     ranks: tuple[int, ...]
     generation: int
+    peers: tuple[int, ...] = ()
     connections: frozenset[sockets.Connection] = frozenset()
     outlives_generations: bool = False
 
@@ -99,23 +104,34 @@ def user_frame(depth: int) -> tuple[FrameType | None, bool]:
     calls_from_autograd = False
     innermost = True
     while frame is not None:
-        name = frame.f_code.co_filename
-        if innermost and not name.startswith(_PACKAGE):
+        is_users, is_ours = _whose(frame.f_code.co_filename)
+        if innermost and not is_ours:
             calls_from_autograd = frame.f_code.co_name == "_engine_run_backward"
             innermost = False
-        if not name.startswith(_NOT_USER_CODE):
+        if is_users:
             return frame, calls_from_autograd
         frame = frame.f_back
     return None, calls_from_autograd
+
+
+@functools.lru_cache(maxsize=4096)  # each cell is a file
+def _whose(file: str) -> tuple[bool, bool]:
+    """Whether code of this file is the user's, and whether it is the workbench's."""
+    return not file.startswith(_NOT_USER_CODE), file.startswith(_PACKAGE)
 
 
 def place_of(frame: FrameType | None, text: str) -> tuple[int, bytes]:
     """Line of the user's code (0: unknown), and the call and that line's text as the board keeps them."""
     if frame is None:
         return 0, text.encode()
-    line = frame.f_lineno
-    source = linecache.getline(frame.f_code.co_filename, line).strip()
-    return line, f"{text}\0{source}".encode()
+    asked = frame.f_code, frame.f_lineno, text
+    last: tuple[Any, tuple[int, bytes]] | None = getattr(_last, "place", None)
+    if last is not None and last[0][0] is asked[0] and last[0][1:] == asked[1:]:  # a loop: its line need not be read again
+        return last[1]
+    source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    place = frame.f_lineno, f"{text}\0{source}".encode()
+    _last.place = asked, place
+    return place
 
 
 def mismatch_text(texts: Mapping[int, str], sequence: int, group: KnownGroup) -> str:

@@ -70,7 +70,7 @@ class Hook(Protocol):
 def dropped(name: str, args: tuple[Any, ...]) -> Any:
     """What an operator returns when it was left out: its tensors as they are, and work that is done with them."""
     done: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
-    done.set_result(list(tensors_in(args[0])))
+    done.set_result(tensors_in(args[0]))
     work = _create_work_from_future(done).boxed()
     num_returns = len(getattr(torch.ops.c10d, name).default._schema.returns)
     return (args[0], work) if num_returns == 2 else work
@@ -86,6 +86,27 @@ def _destroy(made: Future[Any]) -> None:
     if made.exception() is None and isinstance(made.result(), tuple):
         with suppress(Exception):
             dist.destroy_process_group(made.result()[0])
+
+
+class _Busy:
+    """See `Interceptor._busy`; no generator, since it is entered in every collective."""
+
+    __slots__ = ("_interceptor", "_is_main", "_was_busy")
+
+    def __init__(self, interceptor: Interceptor, is_main: bool) -> None:
+        self._interceptor = interceptor
+        self._is_main = is_main
+
+    def __enter__(self) -> None:
+        interceptor = self._interceptor
+        self._was_busy, interceptor.is_busy = interceptor.is_busy, interceptor.is_busy or self._is_main
+
+    def __exit__(self, *_: object) -> None:
+        interceptor = self._interceptor
+        interceptor.is_busy = self._was_busy
+        if self._is_main and interceptor.is_interrupt_pending and not self._was_busy:
+            interceptor.is_interrupt_pending = False
+            raise KeyboardInterrupt
 
 
 class Interceptor:
@@ -120,7 +141,8 @@ class Interceptor:
         calling.set_carrier(self)
         for name, operation in OPERATIONS.items():
             library = torch.library.Library("c10d", "IMPL")
-            library.impl(name, functools.partial(self._collective, name, operation), _LAYER, with_keyset=True)
+            onward = getattr(torch.ops.c10d, name).default.redispatch
+            library.impl(name, functools.partial(self._collective, name, operation, onward), _LAYER, with_keyset=True)
             self._libraries.append(library)
         library = torch.library.Library("_c10d_functional", "IMPL")
         library.impl("wait_tensor", self._wait_tensor, _LAYER, with_keyset=True)
@@ -232,7 +254,8 @@ class Interceptor:
         if name in (None, "", "undefined"):
             name = process_group.group_name
         key = key_of(f"{self.generation}:{process_group.group_name}:{ranks}")
-        group = KnownGroup(key=key, name=str(name), ranks=ranks, generation=self.generation, connections=new)
+        peers = tuple(r for r in ranks if r != self.rank)
+        group = KnownGroup(key=key, name=str(name), ranks=ranks, peers=peers, generation=self.generation, connections=new)
         self._groups[id(process_group)] = group
         weakref.finalize(process_group, self._forget, id(process_group), group).atexit = False
         self.announce(group)
@@ -262,8 +285,7 @@ class Interceptor:
             return
         text = f"new_group(ranks={list(ranks)})"
         line, place = place_of(user_frame(1)[0], text)
-        peers = tuple(r for r in world.ranks if r != self.rank)
-        call = Call(operation=NEW_GROUP, group=world, key=world.key, peers=peers, text=text, line=line, place=place)
+        call = Call(operation=NEW_GROUP, group=world, key=world.key, peers=world.peers, text=text, line=line, place=place)
         try:
             with self._busy():
                 self._meet(self._post(call, AreaState.ON_BOARD), waits=True)
@@ -275,8 +297,7 @@ class Interceptor:
 
     # -- collectives --------------------------------------------------------------------------------------------------------------------
 
-    def _collective(self, name: str, operation: Operation, keyset: Any, *args: Any) -> Any:
-        onward = getattr(torch.ops.c10d, name).default.redispatch
+    def _collective(self, name: str, operation: Operation, onward: Callable[..., Any], keyset: Any, *args: Any) -> Any:
         group = self._groups.get(id(dist.ProcessGroup.unbox(args[operation.group_at])))
         if group is None:
             return onward(keyset & _BELOW, *args)
@@ -288,18 +309,9 @@ class Interceptor:
             self.has_left_backward |= user_frame(0)[1]
             raise
 
-    @contextmanager
-    def _busy(self) -> Iterator[None]:
+    def _busy(self) -> _Busy:
         """While the main thread is inside, a signal is kept for later."""
-        is_main = threading.get_ident() == self._main
-        was_busy, self.is_busy = self.is_busy, self.is_busy or is_main
-        try:
-            yield
-        finally:
-            self.is_busy = was_busy
-            if is_main and self.is_interrupt_pending and not was_busy:
-                self.is_interrupt_pending = False
-                raise KeyboardInterrupt
+        return _Busy(self, threading.get_ident() == self._main)
 
     def _knowing_stale(self, ask: Callable[..., Any]) -> Callable[..., Any]:
         """Of a group of an older generation torch would say that it was never made, also in place of our own error."""
@@ -337,22 +349,24 @@ class Interceptor:
 
     def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         frame, calls_from_autograd = user_frame(2)
-        call = self._describe(operation, group, args, frame)
-        if any([hook.before(operation, args) for hook in self.hooks]):
+        if self.hooks and any([hook.before(operation, args) for hook in self.hooks]):
+            call = self._describe(operation, group, args, frame)
             for hook in self.hooks:  # a tape holds it too, its tensors as they were
-                hook.begun(operation.name, call.text, call.line, list(tensors_in(args[0])))()
+                hook.begun(operation.name, call.text, call.line, tensors_in(args[0]))()
             return dropped(name, args)
         is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
-        waits = (is_blocking or calls_from_autograd) and bool(call.peers or call.sources)
-        started = time.monotonic_ns()
-        call = self._post(call, AreaState.ON_BOARD if waits and self.is_checked else AreaState.IN_GLOO)
-        if self.is_checked:
-            self._meet(call, waits=waits)
-        arrived = time.monotonic_ns()
-        self.board.move(self.rank, AreaState.IN_GLOO)
         is_later = not is_blocking and not calls_from_autograd
+        started = time.monotonic_ns()
+        if self.is_checked:
+            call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO if is_later else AreaState.ON_BOARD)
+            self._meet(call, waits=not is_later)
+            self.board.move(self.rank, AreaState.IN_GLOO)
+            arrived = time.monotonic_ns()
         try:
             out = onward()
+            if not self.is_checked:  # what is written down now costs little: gloo works meanwhile
+                call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
+                arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if is_later:
                 call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
@@ -363,9 +377,10 @@ class Interceptor:
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 work.wait()
                 arrived = arrived if self.is_checked else time.monotonic_ns()  # not told apart from the moving of data then
-            self._tell_hooks(call, args, work, is_blocking=is_blocking)
+            if self.hooks:
+                self._tell_hooks(call, args, work, is_blocking=is_blocking)
         except RuntimeError as error:
-            self._tell_freed(call, error)
+            self._tell_freed(operation.name, error)
             raise
         finally:
             if not (is_blocking and operation.is_point_to_point):
@@ -429,7 +444,7 @@ class Interceptor:
         """Show hooks what a call gave; an asynchronous collective is waited for first. A receive is shown when its caller has waited."""
         if not self.hooks:
             return
-        tensors = list(tensors_in(args[0]))
+        tensors = tensors_in(args[0])
         is_receive = call.operation.name.startswith("recv")
         for hook in self.hooks:
             told = hook.begun(call.operation.name, call.text, call.line, tensors)
@@ -445,7 +460,7 @@ class Interceptor:
     def _describe(self, operation: Operation, group: KnownGroup, args: tuple[Any, ...], frame: Any) -> Call:
         text = operation.describe(args)
         sources: Sequence[tuple[int, int]] = ()
-        key, peers = group.key, tuple(r for r in group.ranks if r != self.rank)
+        key, peers = group.key, group.peers
         if operation.name == "recv_any":
             sources = [(r, self._channel(group, r, self.rank, args[2])) for r in peers]
             key, peers, text = (
@@ -510,10 +525,10 @@ class Interceptor:
         texts = self.board.texts(call.key, call.sequence, call.group.ranks)
         raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
 
-    def _tell_freed(self, call: Call, error: RuntimeError) -> None:
+    def _tell_freed(self, what: str, error: RuntimeError) -> None:
         """gloo's error is no failure of this rank's own when connections were shut, here or by a peer that was stopped too."""
         if self.was_shut or self.board.is_stopped(self.rank):
-            raise Freed(f"freed from {call.text}: the cell was stopped") from error
+            raise Freed(f"freed from {what}: the cell was stopped") from error
 
     # -- waiting ------------------------------------------------------------------------------------------------------------------------
 
@@ -612,7 +627,7 @@ class Interceptor:
             self.shut()  # gloo has begun this call: nothing else ends it
             raise Freed(f"freed from {call.text}: the cell was stopped") from None
         except RuntimeError as error:
-            self._tell_freed(call, error)
+            self._tell_freed(call.text, error)
             raise
         finally:
             self.board.move(self.rank, AreaState.NOWHERE)

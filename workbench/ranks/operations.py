@@ -6,7 +6,7 @@ Source: the operator schemas registered by torch 2.13 (`torch.ops.c10d.*.default
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,16 +53,18 @@ class Operation:
 
 def num_bytes(args: tuple[Any, ...]) -> int:
     """Bytes of the first tensors of a call: what this rank gives or gets."""
-    return sum(t.numel() * t.element_size() for t in tensors_in(args[0]))
+    return sum([t.nbytes for t in tensors_in(args[0])])
 
 
-def tensors_in(value: Any) -> Iterable[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """The tensors of an argument, however nested, in order."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        return []
+    if len(value) == 1:  # as in most calls, of which each microsecond counts
+        return tensors_in(value[0])
+    return [tensor for item in value for tensor in tensors_in(item)]
 
 
 def inputs_of(operation: Operation, args: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -71,17 +73,24 @@ def inputs_of(operation: Operation, args: tuple[Any, ...]) -> list[torch.Tensor]
         return []
     if operation.name == "broadcast" and c10d.ProcessGroup.unbox(args[operation.group_at]).rank() != args[2]:
         return []
-    return list(tensors_in(args[1] if operation.group_at == 2 else args[0]))
+    return tensors_in(args[1] if operation.group_at == 2 else args[0])
 
 
 def _shapes(value: Any) -> str:
-    return " ".join(f"{str(t.dtype)[6:]}{list(t.shape)}" for t in tensors_in(value))
+    return " ".join([f"{_DTYPE_NAMES[t.dtype]}{list(t.shape)}" for t in tensors_in(value)])
 
 
 def _dtypes(value: Any) -> str:
-    return " ".join(sorted({str(t.dtype)[6:] for t in tensors_in(value)}))
+    return " ".join(sorted({_DTYPE_NAMES[t.dtype] for t in tensors_in(value)}))
 
 
+class _DtypeNames(dict[torch.dtype, str]):
+    def __missing__(self, dtype: torch.dtype) -> str:
+        name = self[dtype] = str(dtype).removeprefix("torch.")
+        return name
+
+
+_DTYPE_NAMES = _DtypeNames()
 _REDUCE_NAMES = {op: name.lower() for name, op in c10d.ReduceOp.RedOpType.__members__.items()}
 
 
