@@ -94,6 +94,10 @@ def test_readings_that_cost_much_are_rare_and_the_curve_still_moves_at_once(chil
     assert num_readings == 1  # the next one is due 0.5 s after the first
     first, *later = [s.pss_bytes for s in sampler.samples]
     assert all(60 * MIB < pss - first < 80 * MIB for pss in later)
+    other = MemorySampler(max_load=0.1)
+    other.watch(child.pid, "engine")
+    other.sample()
+    assert num_readings == 1 and other.samples[0].pss_bytes == pytest.approx(later[-1], abs=8 * MIB)  # samplers share readings
     time.sleep(0.6)
     sampler.sample()
     assert num_readings == 2 and sampler.samples[-1].pss_bytes == pytest.approx(later[-1], abs=8 * MIB)

@@ -50,6 +50,7 @@ _BELL, _STOP, _CELL, _STATE, _KEY, _SEQUENCE, _SINCE, _LINE, _NUM_USED, _PLACE_S
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
 _EVERYONE = 2**31 - 1
+_LONGEST_PAUSE_S = 0.1  # a bell and a stop wake a rank at once; this is for a stop that comes just before it sleeps
 
 
 class AreaState(IntEnum):
@@ -129,6 +130,8 @@ class Board:
     def stop(self, rank: int, cell: int) -> None:
         """Make rank's waits in `cell` (now or later) end with `Stopped`."""
         self._words[rank * _AREA_WORDS + _STOP] = cell
+        for peer in range(self.world_size):  # whichever it waits for
+            self._wake(peer * _AREA_WORDS)
 
     def read(self, rank: int) -> Posted:
         """Where a rank is now. Read twice by callers that act on it: it may move meanwhile."""
@@ -268,7 +271,7 @@ class Board:
                 if is_stopped():
                     raise Stopped
                 self._wait_for_bell(peer, bell, pause_s)
-                pause_s = min(2 * pause_s, 0.02)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def wait_any(self, rank: int, channels: Sequence[tuple[int, int]], is_stopped: Callable[[], bool]) -> None:
         """Wait until one of the (peer, channel) holds a message that this rank has not taken.
@@ -414,6 +417,9 @@ class Board:
 
     def _ring_bell(self, base: int) -> None:
         self._words[base + _BELL] = (self._words[base + _BELL] + 1) & 0xFFFFFFFF
+        self._wake(base)
+
+    def _wake(self, base: int) -> None:
         address = ctypes.c_void_p(self._address + (base + _BELL) * _WORD)
         _libc.syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, None, 0)
 

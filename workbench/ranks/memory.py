@@ -4,8 +4,8 @@ Knows pids and the names they were given. Does not know cells, engines or spans:
 and which phase it is.
 
 The kernel walks every page of a process to tell its PSS: 30 ms of CPU for 1 GiB, 1 ms for an idle rank. Ten times a second that would slow
-down what is watched. So readings of PSS take at most 3 % of one core (`MAX_LOAD`), and between two readings PSS moves with RSS, which
-costs 20 microseconds; the next reading puts right what sharing changed meanwhile.
+down what is watched. So readings of PSS take at most 1 % of one core (`MAX_LOAD`), all samplers of this process share them, and between
+two readings PSS moves with RSS, which costs 20 microseconds; the next reading puts right what sharing changed meanwhile.
 """
 
 from __future__ import annotations
@@ -76,7 +76,19 @@ class NvmlMemory:
         return used
 
 
-MAX_LOAD = 0.03  # cores that readings of PSS may take, all processes together
+MAX_LOAD = 0.01  # cores that readings of PSS may take, all processes together
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """PSS as it was read, RSS at that time, and when the next reading is due, on the monotonic clock."""
+
+    pss_bytes: int
+    rss_bytes: int
+    next_s: float
+
+
+_readings: dict[psutil.Process, _Reading] = {}  # a process that ended goes when that is seen
 
 
 @dataclass(slots=True)
@@ -84,20 +96,18 @@ class _Watched:
     handle: psutil.Process  # knows the start time, so a pid used again is not taken for the old process
     name: str
     rank: int
-    pss_bytes: int = 0  # at the last reading
-    rss_bytes: int = 0  # at the last reading
-    next_reading_s: float = 0.0  # on the monotonic clock
 
     def pss_now(self, rss_bytes: int, *, num_watched: int, max_load: float) -> int:
         """PSS read or, when it is not yet due, moved with RSS; bytes."""
         began_s = time.monotonic()
-        if began_s >= self.next_reading_s:
-            self.pss_bytes, self.rss_bytes = read_pss_bytes(self.handle.pid), rss_bytes
+        last = _readings.get(self.handle)
+        if last is None or began_s >= last.next_s:
+            pss_bytes = read_pss_bytes(self.handle.pid)
             took_s = time.monotonic() - began_s
-            self.next_reading_s = began_s + took_s * num_watched / max_load
-        if self.pss_bytes == 0:  # cannot be read
+            last = _readings[self.handle] = _Reading(pss_bytes, rss_bytes, began_s + took_s * num_watched / max_load)
+        if last.pss_bytes == 0:  # cannot be read
             return 0
-        return max(0, min(rss_bytes, self.pss_bytes + rss_bytes - self.rss_bytes))
+        return max(0, min(rss_bytes, last.pss_bytes + rss_bytes - last.rss_bytes))
 
 
 class MemorySampler:
@@ -221,13 +231,9 @@ class MemorySampler:
 def _read(one: _Watched, device: dict[int, int], now_s: float, phase: str, *, num_watched: int, max_load: float) -> MemorySample | None:
     """A sample of one process; None once it has ended."""
     pid = one.handle.pid
-    try:
-        if not one.handle.is_running():
-            return None
-        rss_bytes = one.handle.memory_info().rss
-    except psutil.Error:
-        return None
-    if rss_bytes == 0:  # a zombie
+    rss_bytes = _rss_now(one.handle)
+    if rss_bytes == 0:
+        _readings.pop(one.handle, None)
         return None
     return MemorySample(
         time_s=now_s,
@@ -239,3 +245,11 @@ def _read(one: _Watched, device: dict[int, int], now_s: float, phase: str, *, nu
         device_used_bytes=device.get(pid, 0),
         phase=phase,
     )
+
+
+def _rss_now(handle: psutil.Process) -> int:
+    """Resident bytes; 0 for a process that has ended, a zombie too."""
+    try:
+        return int(handle.memory_info().rss) if handle.is_running() else 0
+    except psutil.Error:
+        return 0

@@ -28,7 +28,6 @@ __all__ = ["Observed", "Observer", "rank_status", "read_memory"]
 
 DIAGNOSE_AFTER_S = 2.0  # a wait that has lasted so long is looked into
 _DIAGNOSE_EVERY_S = 1.0
-_MAX_LOAD = 0.01  # cores for reading PSS: a live view is looked at for hours
 
 
 class Observed(Protocol):
@@ -77,7 +76,7 @@ class Observer:
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
-        self._sampler = MemorySampler(max_load=_MAX_LOAD)
+        self._sampler = MemorySampler()
         self._sampler.watch(os.getpid(), "driver")
         self._watched: Mapping[int, tuple[str, int]] = {}
         self._looked_s = time.monotonic()
