@@ -74,6 +74,7 @@ def test_the_live_panel_moves_while_a_cell_blocks(lab: Lab, open_notebook: Open)
     notebook.run(1)
     panel = notebook.cell(1).locator(".wb-live")
     expect(panel.locator("[data-rank='2']")).to_contain_text("rank 2")
+    expect(panel.locator(".wb-legend li")).to_have_text([" rank 0", " rank 1", " rank 2", " driver"])  # there is no engine
     notebook.begin(2)
     expect(panel).to_contain_text("cell 1 runs")
     panel.evaluate(COUNT_MOVES)

@@ -201,3 +201,42 @@ function whenSeen(el, model, onSeen) {  // draw only what can be seen, and let t
   document.addEventListener("visibilitychange", look);
   return { isSeen: () => wasSeen, end: () => { eye.disconnect(); document.removeEventListener("visibilitychange", look); isInView = false; look(); } };
 }
+
+function keepKeys(el) {  // else JupyterLab takes the arrow keys
+  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });
+}
+
+function heldText({ parts, total }) {
+  return `${inMemory(total)} held; ` + parts.filter(([, mib]) => mib).map(([name, mib]) => `${name} ${inMemory(mib)}`).join(", ");
+}
+
+function overTime(memory) {  // samples, as a chart takes them
+  return { times: memory.map(([t]) => t), values: memory.map(([, held]) => held), device: memory.map(([, , mib]) => mib) };
+}
+
+// A widget that moves: everything comes with the model, then news, which `add` puts into `state`; its views draw what can be seen, once a frame.
+function moving(state, add) {
+  const listeners = new Set();
+  function take(news, isAll) {
+    if (isAll) Object.assign(state, news);
+    else add(news);
+    if (state.memory.length > 1200) state.memory = state.memory.filter((_, k) => k % 2 || k > 600);
+    listeners.forEach((tell) => tell());
+  }
+  function initialize({ model }) {
+    take(model.get("scene"), true);
+    model.on("msg:custom", (message) => { if (message.news) take(message.news, false); });
+  }
+  function watch(el, model, draw) {  // gives what ends it
+    let isDue = false;
+    const soon = () => {
+      if (isDue) return;
+      isDue = true;
+      requestAnimationFrame(() => { isDue = false; if (eye.isSeen()) draw(); });
+    };
+    const eye = whenSeen(el, model, soon);
+    listeners.add(soon);
+    return () => { listeners.delete(soon); eye.end(); };
+  }
+  return { initialize, watch };
+}

@@ -25,21 +25,14 @@ function whoWaits(waits) {
 }
 
 export default () => {
-  const state = {}, listeners = new Set();
-  function take(news, isAll) {
-    if (isAll) Object.assign(state, news);
-    else Object.assign(state, news, { memory: state.memory.concat(news.memory || []), events: state.events.concat(news.events || []).slice(-400) });
-    if (state.memory.length > 1200) state.memory = state.memory.filter((_, k) => k % 2 || k > 600);
-    listeners.forEach((tell) => tell());
-  }
+  const state = {};
+  const views = moving(state, (news) => Object.assign(state, news, {
+    memory: state.memory.concat(news.memory || []), events: state.events.concat(news.events || []).slice(-400) }));
   return {
-    initialize({ model }) {
-      take(model.get("scene"), true);
-      model.on("msg:custom", (message) => { if (message.news) take(message.news, false); });
-    },
+    initialize: views.initialize,
     render({ model, el }) {
       el.classList.add("wb-time", "wb-live");
-      el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
+      keepKeys(el);
       const head = node("p", { "data-head": "" }), engines = node("p", { "data-engines": "" }), hint = node("p", { "data-hint": "" });
       const told = node("pre", { role: "status", "data-told": "" }), under = node("p", { "data-cursor-text": "" });
       const buttons = Object.fromEntries(["interrupt", "diagnose", "respawn"].map((act) => [act, node("button", { type: "button", "data-act": act }, act)]));
@@ -48,12 +41,12 @@ export default () => {
       tiles.append(...cells);
       let waits = whoWaits({});
       const chart = timeChart({ layers: state.layers, looks: state.looks, label: "memory over time", height: 150, onCursor: tellCursor });
-      const names = legend(Object.fromEntries(state.layers.map((layer) => [layer.name, [layer.color, ""]])), "processes");
+      let names = legend({}, "processes");
       const bar = node("div", { role: "toolbar", "aria-label": "cluster" }, ...Object.values(buttons));
       el.replaceChildren(head, bar, hint, tiles, waits, told, engines, chart.svg, names, under);
 
       function tellCursor({ t, parts, total, isFollowing }) {
-        under.textContent = `${isFollowing ? "now" : `at ${t.toFixed(1)} s`}: ${inMemory(total)} held; ` + parts.filter(([, mib]) => mib).map(([name, mib]) => `${name} ${inMemory(mib)}`).join(", ");
+        under.textContent = `${isFollowing ? "now" : `at ${t.toFixed(1)} s`}: ${heldText({ parts, total })}`;
       }
       function drawTiles() {
         state.ranks.forEach((status, rank) => {
@@ -64,6 +57,14 @@ export default () => {
           cells[rank].title = text;
           cells[rank].replaceChildren(node("b", {}, state.ranks.length > 64 ? `${rank}${what[0]}` : `${words[0]}: ${words[1]}`), node("span", {}, words[2]), node("span", {}, words[3]));
         });
+      }
+      function drawLegend() {  // of what has held memory: an engine may come later
+        const shown = state.layers.filter((_, i) => state.memory.some(([, held]) => held[i])), next = shown.map(({ name }) => name).join();
+        if (names.dataset.of === next) return;
+        const fresh = legend(Object.fromEntries(shown.map(({ name, color }) => [name, [color, ""]])), "processes");
+        fresh.dataset.of = next;
+        names.replaceWith(fresh);
+        names = fresh;
       }
       function drawButtons() {
         const isDead = state.ranks.some(([what]) => what === "dead");
@@ -78,7 +79,6 @@ export default () => {
         hint.hidden = !hint.textContent;
       }
       function draw() {
-        if (!eye.isSeen()) return;
         const doing = state.is_closed ? "closed; this is its last picture" : state.cell ? `${state.cell} runs since ${state.cell_s.toFixed(1)} s` : "idle";
         head.textContent = `${state.ranks.length} ranks, generation ${state.generation}: ${doing}`;
         engines.textContent = state.engines.map(([name, status, phase]) => `engine ${name}: ${phase ? phase.replace("_", " ") : status.replace("_", " ")}`).join("; ");
@@ -91,7 +91,8 @@ export default () => {
         if (waits.dataset.of !== next) { const fresh = whoWaits(state.waits); fresh.dataset.of = next; waits.replaceWith(fresh); waits = fresh; }
         told.textContent = state.told || "";
         told.hidden = !state.told;
-        chart.draw({ times: state.memory.map(([t]) => t), values: state.memory.map(([, held]) => held), device: state.memory.map(([, , mib]) => mib), events: state.events, asleep: state.asleep });
+        drawLegend();
+        chart.draw({ ...overTime(state.memory), events: state.events, asleep: state.asleep });
       }
       for (const [act, button] of Object.entries(buttons)) {
         button.addEventListener("click", () => {
@@ -101,11 +102,7 @@ export default () => {
           draw();
         });
       }
-      let isDue = false;
-      const soon = () => { if (!isDue) { isDue = true; requestAnimationFrame(() => { isDue = false; draw(); }); } };
-      const eye = whenSeen(el, model, soon);
-      listeners.add(soon);
-      return () => { listeners.delete(soon); eye.end(); };
+      return views.watch(el, model, draw);
     },
   };
 };

@@ -31,26 +31,18 @@ function bars({ finishes }) {
 }
 
 export default () => {
-  const state = { lengths: [], memory: [], layers: [] }, listeners = new Set();
-  function take(news, isAll) {
-    if (isAll) Object.assign(state, news);
-    else {
-      const { lengths, memory } = state;
-      Object.assign(state, news, { lengths, memory });
-      lengths.push(...(news.lengths || []));
-      memory.push(...(news.memory || []));
-    }
-    if (state.memory.length > 1200) state.memory = state.memory.filter((_, k) => k % 2 || k > 600);
-    listeners.forEach((tell) => tell());
-  }
+  const state = { lengths: [], memory: [], layers: [] };
+  const views = moving(state, (news) => {
+    const { lengths, memory } = state;
+    lengths.push(...(news.lengths || []));
+    memory.push(...(news.memory || []));
+    Object.assign(state, news, { lengths, memory });
+  });
   return {
-    initialize({ model }) {
-      take(model.get("scene"), true);
-      model.on("msg:custom", (message) => { if (message.news) take(message.news, false); });
-    },
+    initialize: views.initialize,
     render({ model, el }) {
       el.classList.add("wb-time", "wb-live-rollout");
-      el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
+      keepKeys(el);
       const head = node("p", { role: "status", "data-head": "" }), under = node("p", { "data-cursor-text": "" });
       const histogram = bars(state);
       let chart, names = "", legendOfMemory = node("ul", {});
@@ -63,10 +55,9 @@ export default () => {
         place.replaceChildren(chart.svg, legendOfMemory, under);
       }
       function tellCursor({ t, parts, total, isFollowing }) {
-        under.textContent = `${isFollowing ? "now" : `at ${t.toFixed(1)} s`}: ${inMemory(total)} held; ` + parts.filter(([, mib]) => mib).map(([name, mib]) => `${name} ${inMemory(mib)}`).join(", ");
+        under.textContent = `${isFollowing ? "now" : `at ${t.toFixed(1)} s`}: ${heldText({ parts, total })}`;
       }
       function draw() {
-        if (!eye.isSeen()) return;
         const step = state.num_steps > 1 ? `step ${state.step + 1} of ${state.num_steps}, ` : "", tokens = state.lengths.reduce((sum, [n]) => sum + n, 0);
         const what = state.error ? `ended: ${state.error}` : state.is_done ? "done" : state.phase || "starting";
         head.textContent = `rollout: ${step}${what}; ${state.lengths.length} completions, ${tokens} tokens`;
@@ -75,13 +66,9 @@ export default () => {
         el.setAttribute("data-done", Boolean(state.is_done));
         histogram.draw(state.lengths);
         if (names !== state.layers.map((layer) => layer.name).join()) { names = state.layers.map((layer) => layer.name).join(); build(); }
-        chart.draw({ times: state.memory.map(([t]) => t), values: state.memory.map(([, held]) => held), device: state.memory.map(([, , mib]) => mib) });
+        chart.draw({ ...overTime(state.memory) });
       }
-      let isDue = false;
-      const soon = () => { if (!isDue) { isDue = true; requestAnimationFrame(() => { isDue = false; draw(); }); } };
-      const eye = whenSeen(el, model, soon);
-      listeners.add(soon);
-      return () => { listeners.delete(soon); eye.end(); };
+      return views.watch(el, model, draw);
     },
   };
 };

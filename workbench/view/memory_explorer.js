@@ -12,7 +12,7 @@ function sleepTable(sleeps) {
 function render({ model, el }) {
   const scene = model.get("scene");
   el.classList.add("wb-time", "wb-memory");
-  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
+  keepKeys(el);
   if (!scene.times.length) { el.replaceChildren(node("p", { role: "status" }, "no memory samples to show")); return; }
   const step = node("select", { "aria-label": "part of the run" });
   step.append(new Option("the whole run", ""), ...scene.steps.map(([k]) => new Option(`step ${k}`, k)));
@@ -24,7 +24,7 @@ function render({ model, el }) {
   el.replaceChildren(node("div", {}, "show ", step), chart.svg, legend(layers, "memory"), legend(looks, "spans"), under, ranks, sleepTable(scene.sleeps));
 
   function tell({ t, parts, total, running }) {
-    under.textContent = `at ${t.toFixed(2)} s: ${inMemory(total)} held; ` + parts.filter(([, mib]) => mib).map(([name, mib]) => `${name} ${inMemory(mib)}`).join(", ");
+    under.textContent = `at ${t.toFixed(2)} s: ${heldText({ parts, total })}`;
     ranks.textContent = running.length ? running.slice(0, 12).join(", ") + (running.length > 12 ? `, and ${running.length - 12} more` : "") : "no rank has work then";
   }
   function paint() {
