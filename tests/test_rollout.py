@@ -161,6 +161,8 @@ def test_it_sleeps_between_steps_and_gives_the_same_again(cluster, engine, expec
     assert report.freed_bytes.iloc[0] > 0.5 * (report.weights_bytes + report.kv_cache_bytes).iloc[0] and np.isfinite(report.wake_s.iloc[0])
     assert {"sleep", "wake_up"} <= set(run.timeline.span)
     assert {"driver", "rank", "engine"} == set(run.memory.process) and (run.memory.time_s.diff().dropna() >= -1e-6).all()
+    held = run.memory[run.memory.process == "engine"].groupby("phase").rss_bytes  # however short a sleep was
+    assert held.max()["generate"] - held.min()["asleep"] > 0.5 * report.weights_bytes.iloc[0] + 0.5 * report.kv_cache_bytes.iloc[0]
     engine.wake_up()
     assert engine.generate(["1+1="], GREEDY).texts[0] == expected["1+1="]
 

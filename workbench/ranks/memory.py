@@ -134,6 +134,7 @@ class MemorySampler:
         self._ticks: list[list[MemorySample]] = []
         self._num_held = 0
         self._lock = threading.Lock()
+        self._tick_lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -186,7 +187,11 @@ class MemorySampler:
 
     def sample(self) -> None:
         """Take one sample of every process now, from the calling thread."""
-        tick = self.read()
+        with self._tick_lock:  # ticks stay in order of time, whoever takes them
+            tick = self.read()
+            self._append(tick)
+
+    def _append(self, tick: list[MemorySample]) -> None:
         with self._lock:
             self._ticks.append(tick)
             self._num_held += len(tick)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from workbench import models
@@ -181,8 +182,7 @@ class _Recorder:
         self.engine.at_step(order.step)
         try:
             if self.engine.is_sleeping:
-                self.sampler.phase = "wake_up"
-                self.engine.wake_up()
+                self._change("wake_up", self.engine.wake_up)
             self.sampler.phase = "generate"
             with self.engine.in_phase("generate"):
                 outcomes = self.cluster.run(run_step, order)
@@ -196,9 +196,16 @@ class _Recorder:
             raise
         finally:
             if sleep_level is not None and self.engine.status == "awake":
-                self.sampler.phase = "sleep"
-                self.engine.sleep(sleep_level)
+                self._change("sleep", partial(self.engine.sleep, sleep_level))
             self.sampler.phase = "asleep" if self.engine.is_sleeping else ""
+
+    def _change(self, phase: str, change: Callable[[], object]) -> None:
+        """Sleep or wake, with a sample right before and after: an engine may sleep for less than the sampler's interval."""
+        self.sampler.sample()
+        self.sampler.phase = phase
+        change()
+        self.sampler.phase = "asleep" if self.engine.is_sleeping else ""
+        self.sampler.sample()
 
     def run(self, manifest: dict[str, Any]) -> Run:
         self.sampler.stop()
