@@ -80,7 +80,7 @@ class Kept:
         self.loads = [os.getloadavg()[0]]
 
     def add(self, name: str, result: Result) -> None:
-        self.results[name] = asdict(result)  # type: ignore[call-overload]
+        self.results[name] = asdict(result)  # type: ignore[call-overload]  # a protocol cannot say that it is a dataclass
         self.lines += result.lines()
         self.loads.append(os.getloadavg()[0])
 

@@ -16,7 +16,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 from IPython.core.error import UsageError
 from IPython.core.interactiveshell import InteractiveShell
@@ -102,17 +102,17 @@ def _without_stack(method: Method) -> Method:
         except (WorkbenchError, KeyboardInterrupt) as error:
             text = f"{type(error).__name__}: {error}"
             if not hasattr(error, "_render_traceback_"):
-                error._render_traceback_ = lambda: [text]  # type: ignore[union-attr]
+                setattr(error, "_render_traceback_", lambda: [text])  # noqa: B010  no attribute of exceptions: IPython's own protocol
             raise
 
-    return call  # type: ignore[return-value]
+    return cast(Method, call)
 
 
 @magics_class
 class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
     """The magics; one instance a shell."""
 
-    @line_magic  # type: ignore[untyped-decorator]
+    @line_magic  # type: ignore[untyped-decorator]  # as above
     @_without_stack
     def launch(self, line: str) -> None:
         """Start N gloo ranks, a process each, and bind them to the variable `cluster`.
@@ -141,7 +141,7 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
         self.shell.user_ns["cluster"] = cluster
         print(f"cluster: {_count(cluster.world_size)} ready" + (f", layout {arguments.layout}" if layout is not None else ""))
 
-    @line_cell_magic  # type: ignore[untyped-decorator]
+    @line_cell_magic  # type: ignore[untyped-decorator]  # as above
     @_without_stack
     def ranks(self, line: str, cell: str | None = None) -> Any:
         """Run a cell on ranks, or ask and steer them; both use the variable `cluster`, however it was made.

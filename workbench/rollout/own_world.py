@@ -84,7 +84,7 @@ class OwnWorld:
     def entered(self) -> Iterator[None]:
         """Make it the process's default world for a while; in a rank, groups made meanwhile are not watched as the ranks' own are."""
         outside = c10d._world
-        c10d._world = self._state  # type: ignore[assignment]
+        c10d._world = self._state  # type: ignore[assignment]  # has the fields of torch's own, not its class
         try:
             with _unwatched():
                 yield

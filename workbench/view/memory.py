@@ -103,9 +103,9 @@ def device_total(frame: pd.DataFrame) -> pd.Series[float]:
 def _draw_device(ax: Axes, total: pd.Series[float]) -> list[Any]:
     if not (total > 0).any():
         return []
-    look = dict(color="#000000", linestyle=(0, (4, 2)), linewidth=1.4, label="GPU memory")
-    ax.plot(total.index, total, **look)  # type: ignore[arg-type]
-    return [Line2D([], [], **look)]  # type: ignore[arg-type]
+    look: dict[str, Any] = dict(color="#000000", linestyle=(0, (4, 2)), linewidth=1.4, label="GPU memory")
+    ax.plot(total.index, total, **look)
+    return [Line2D([], [], **look)]
 
 
 def asleep_stretches(spans: pd.DataFrame | None, *, since_s: float, until_s: float) -> list[tuple[float, float]]:
@@ -125,10 +125,10 @@ def asleep_stretches(spans: pd.DataFrame | None, *, since_s: float, until_s: flo
 
 def _shade_sleep(ax: Axes, stretches: Sequence[tuple[float, float]]) -> list[Any]:
     color, hatch = SPAN_STYLES["sleep"]
-    look = dict(facecolor=color, alpha=0.25, hatch=hatch, edgecolor="#7F7F7F", linewidth=0)
+    look: dict[str, Any] = dict(facecolor=color, alpha=0.25, hatch=hatch, edgecolor="#7F7F7F", linewidth=0)
     for begin_s, end_s in stretches:
-        ax.axvspan(begin_s, end_s, zorder=0.5, **look)  # type: ignore[arg-type]
-    return [Patch(label="asleep", **look)] if stretches else []  # type: ignore[arg-type]
+        ax.axvspan(begin_s, end_s, zorder=0.5, **look)
+    return [Patch(label="asleep", **look)] if stretches else []
 
 
 def _events(spans: pd.DataFrame | None, low_s: float, high_s: float) -> list[tuple[float, str]]:
