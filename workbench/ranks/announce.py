@@ -87,14 +87,16 @@ def agree(announcements: Sequence[Announcement], *, ranks: Sequence[int], name: 
     Raises:
         GroupError: a member refuses, or members differ; the text shows each rank's call, the odd ones first.
     """
+    first = announcements[0].text
+    if all([a.text == first and not a.is_refusal for a in announcements]):
+        return
     refusals = [(rank, a.text) for rank, a in zip(ranks, announcements, strict=True) if a.is_refusal]
     if refusals:
         rank, text = refusals[0]
         raise GroupError(f"rank {rank} of group {name!r} refused its part: {text}\nno data was sent; the group is usable")
     counts = Counter(a.text for a in announcements)
-    if len(counts) > 1:
-        rows = sorted(zip(ranks, announcements, strict=True), key=lambda row: (counts[row[1].text], row[0]))
-        table = "\n".join(f"  rank {rank}: {a.text}" for rank, a in rows)
-        raise GroupError(
-            f"the ranks of group {name!r} met with different calls; no data was sent\n{table}\nmake the calls the same on all of its ranks"
-        )
+    rows = sorted(zip(ranks, announcements, strict=True), key=lambda row: (counts[row[1].text], row[0]))
+    table = "\n".join(f"  rank {rank}: {a.text}" for rank, a in rows)
+    raise GroupError(
+        f"the ranks of group {name!r} met with different calls; no data was sent\n{table}\nmake the calls the same on all of its ranks"
+    )

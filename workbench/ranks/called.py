@@ -45,7 +45,7 @@ class Called:
         name: what the user called: "all_reduce".
         text: that and what its members agree on: "all_reduce(sum float32 [2])".
         is_announcing: the call of torch that comes now is its announcement, which the board carries.
-        num_bytes: what this rank gave beside its calls of torch.
+        num_bytes: what this rank has given so far; of an announcement, what goes along with it.
     """
 
     name: str
@@ -57,14 +57,17 @@ class Called:
 
     def add(self, row: Row, note: Callable[[str, Row], None]) -> None:
         """Take in one call of torch that belongs to it: all make one row, with the wait before the first."""
-        num_bytes = 0 if self.is_announcing else row.num_bytes
-        first, self._note = self._row or row._replace(num_bytes=0), note
-        self._row = first._replace(num_bytes=first.num_bytes + num_bytes, ended=row.ended)
+        if self._row is None:
+            self._row, self._note = row, note
+        else:
+            self._row = self._row._replace(ended=row.ended)
+        if not self.is_announcing:
+            self.num_bytes += row.num_bytes
 
     def end(self) -> None:
         """Put its row in the ledger."""
         if self._row is not None and self._note is not None:
-            self._note(self.name, self._row._replace(num_bytes=self._row.num_bytes + self.num_bytes))
+            self._note(self.name, self._row._replace(num_bytes=self.num_bytes))
 
 
 def called_now() -> Called | None:

@@ -70,6 +70,8 @@ def from_bytes(data: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Parts, uint8 [num_bytes] each, as one; without a copy where they lie side by side already."""
+    if len(parts) == 1:
+        return parts[0]
     ends = [part.data_ptr() + part.numel() for part in parts[:-1]]
     if all(end == part.data_ptr() for end, part in zip(ends, parts[1:], strict=True)) and _is_one_storage(parts):
         return parts[0].as_strided((sum(part.numel() for part in parts),), (1,))
