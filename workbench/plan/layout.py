@@ -207,7 +207,7 @@ class Layout:
         title = _titled(name, world_size=world_size, **{word: size})
         check_size(title, "world_size", world_size)
         check_size(title, word, size)
-        check_divides(title, world_size, size, word)
+        check_divides(title, world_size, **{word: size})
         mesh = np.arange(world_size).reshape(-1, size)
         return cls._made(mesh, axes, {axes[1]: mesh, axes[0]: mesh.T}, title)
 

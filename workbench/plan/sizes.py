@@ -17,12 +17,15 @@ def check_size(title: str, name: str, size: object) -> None:
         raise LayoutError(f"{title}: {name} must be at least 1\ngot {name}={size}\npass 1 for an axis that is not used")
 
 
-def check_divides(title: str, world_size: int, size: int, what: str) -> None:
-    """The world is a multiple of `size`, which `what` explains."""
-    if world_size % size:
+def check_divides(title: str, world_size: int, **degrees: int) -> None:
+    """The world is a multiple of all degrees together."""
+    product = prod(degrees.values())
+    if world_size % product:
+        named = {name: size for name, size in degrees.items() if size > 1}
+        shown = " * ".join(f"{name}={size}" for name, size in named.items()) + (f" = {product}" if len(named) > 1 else "")
         raise LayoutError(
-            f"{title}: the world does not divide\ngot world_size={world_size} against {what} = {size}\n"
-            f"with this world, {size} must be one of {', '.join(map(str, divisors(world_size)))}"
+            f"{title}: the world does not divide\ngot world_size={world_size}, which is no multiple of {shown}\n"
+            f"with this world, {' * '.join(named)} must be one of {', '.join(map(str, divisors(world_size)))}"
         )
 
 
@@ -30,9 +33,8 @@ def check_degrees(title: str, world_size: int, **degrees: int) -> int:
     """The product of degrees that divide the world together."""
     for name, size in degrees.items():
         check_size(title, name, size)
-    product = prod(degrees.values())
-    check_divides(title, world_size, product, " * ".join(f"{name} {size}" for name, size in degrees.items() if size > 1) or "1")
-    return product
+    check_divides(title, world_size, **degrees)
+    return prod(degrees.values())
 
 
 def divisors(number: int) -> list[int]:

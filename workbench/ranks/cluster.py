@@ -232,7 +232,10 @@ class Cluster:
             ValueError: the layout is of another world size.
         """
         if layout.world_size != self.world_size:
-            raise ValueError(f"the layout has {layout.world_size} ranks, the cluster {self.world_size}; they must be equal")
+            raise ValueError(
+                f"the layout has {layout.world_size} ranks, the cluster {self.world_size}; they must be equal\n"
+                f"make a layout of {self.world_size} ranks, or launch({layout.world_size})"
+            )
         from workbench.ranks.forming import use_layout
 
         self.run(use_layout, layout)
