@@ -97,7 +97,7 @@ def test_pull_takes_expressions(cluster):
         (lambda c: c.execute("x ="), "invalid syntax"),
         (lambda c: c.pull("x = 1"), "invalid syntax"),
         (lambda c: c.respawn(1), "rank 1 is alive (pid "),
-        (lambda c: c.use(wb.Layout(world_size=8)), "the layout has 8 ranks, the cluster 4; they must be equal\nmake a layout of 4 ranks, or launch(8)"),
+        (lambda c: c.use(wb.Layout(world_size=8)), "the layout has 8 ranks, the cluster 4; they must be equal\nmake a layout"),
     ],
 )
 def test_what_cannot_be_is_refused_before_it_is_sent(cluster, call, told):

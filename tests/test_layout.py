@@ -199,7 +199,8 @@ def _timed(call: Any) -> float:
 
 
 @pytest.mark.parametrize(("sizes", "texts"), [
-    (dict(world_size=8, tp=3), ["Layout(world_size=8, tp=3): the world does not divide", "world_size=8, which is no multiple of tp=3\nwith this world, tp must be one of 1, 2, 4, 8"]),
+    (dict(world_size=8, tp=3), ["Layout(world_size=8, tp=3): the world does not divide\ngot world_size=8, which is no multiple of tp=3\n",
+                                "with this world, tp must be one of 1, 2, 4, 8"]),
     (dict(world_size=12, tp=2, pp=4), ["world_size=12, which is no multiple of pp=4 * tp=2 = 8", "pp * tp must be one of 1, 2, 3"]),
     (dict(world_size=0), ["world_size must be at least 1", "world_size=0"]), (dict(world_size=8, tp=0), ["tp must be at least 1"]),
     (dict(world_size=8, pcp=-1), ["pcp must be at least 1"]), (dict(world_size=8, tp=2.0), ["tp must be an int", "2.0"]),
@@ -224,7 +225,8 @@ def test_sizes_that_do_not_fit_say_what_would(sizes: dict[str, Any], texts: list
     (lambda: Layout.megatron(8, tp=4, etp=1, order="tp-pp"), ["leaves out: dp=8"]),
     (lambda: Layout.megatron(8, tp=2, pp=2, etp=1, order="tp-pp-dp"), ["the experts' pipeline", "dp=2, edp=4", "put pp last"]),
     (lambda: Layout.subgroups(6, size=4), ["Layout.subgroups(world_size=6, size=4)", "no multiple of size=4", "one of 1, 2, 3, 6"]),
-    (lambda: Layout.subgroups(6, size=0), ["size must be at least 1"]), (lambda: Layout.sequence_parallel(8, sp=3), ["no multiple of sp=3"]),
+    (lambda: Layout.subgroups(6, size=0), ["size must be at least 1"]),
+    (lambda: Layout.sequence_parallel(8, sp=3), ["no multiple of sp=3"]),
     (lambda: Layout.supernode(tp=4), ["no supernode of this size is known", "tp=8, pp=2", "Layout.custom"]),
     (lambda: Layout.supernode(32), ["world_size=32"]), (lambda: Layout.supernode(dcp=3), ["dcp=3 does not fit"]),
     (lambda: Layout.custom({}), ["needs groups"]), (lambda: Layout.custom({"tp": [[0, 1], [1, 2]]}), ["names ranks [1] twice"]),
