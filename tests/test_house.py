@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -182,3 +183,9 @@ def test_functions_stay_short(file):
 
 def test_the_package_is_typed():
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_map_of_the_ranks_folder_names_every_file():
+    folder = PACKAGE / "ranks"
+    named = set(re.findall(r"\w+", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""))
+    assert {file.stem for file in folder.glob("*.py")} - {"__init__"} <= named
