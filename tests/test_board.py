@@ -60,9 +60,9 @@ def test_a_wait_ends_when_the_last_peer_arrives(board):
 def test_a_wait_is_stopped_for_its_cell_and_later_ones_are_not(board):
     board.enter_cell(0, 4)
     sequence = arrive(board, 0)
-    board.stop(0, 3)
+    board.stop([0], 3)
     assert not board.is_stopped(0)
-    board.stop(0, 4)
+    board.stop([0], 4)
     with pytest.raises(Stopped):
         board.wait(0, KEY, sequence, (1,), lambda: board.is_stopped(0))
     board.take_back(0, KEY)
@@ -75,7 +75,7 @@ def test_whoever_has_arrived_is_not_stopped_any_more(board):
     for rank in (0, 1):
         board.enter_cell(rank, 1)
         arrive(board, rank)
-        board.stop(rank, 1)
+        board.stop([rank], 1)
     board.wait(0, KEY, 1, (1,), lambda: board.is_stopped(0))
 
 

@@ -378,3 +378,28 @@ def test_interrupts_at_random_moments_lose_nothing():
                 handle.result(timeout_s=10)
             assert time.monotonic() - started < 3
             assert_well(cluster)
+
+
+def test_a_stop_that_meets_a_finalizer_comes_right_after_it(cluster):
+    cluster.execute("import time, weakref\nmine = rank\nclass Held: pass")
+    stopped(cluster, "held = Held()\nweakref.finalize(held, time.sleep, 1.0)\ndel held\nwhile True: pass", wb.RankTimeout, timeout_s=0.4)
+    assert cluster.pull("mine") == [0, 1, 2, 3]
+
+
+STEP = "model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))\nmodel(torch.ones(1, 2)).sum().backward()"
+
+
+def test_a_call_that_never_came_gives_its_reduce_op_to_no_later_one():
+    with wb.launch(3) as cluster:
+        cluster.execute("torch.distributed.distributed_c10d.AllreduceOptions()", ranks=0)  # as far as an interrupted all_reduce came
+        cluster.execute(STEP, timeout_s=20)
+        stopped(cluster, "old = dist.group.WORLD\nif rank: dist.all_reduce(torch.ones(1), async_op=True).wait()", wb.RankDeadlock)
+        refused = "try: dist.all_reduce(torch.ones(1), group=old)\nexcept wb.StaleGroupError: pass\nelse: raise AssertionError"
+        cluster.execute(f"if rank == 1:\n    {refused.replace(chr(10), chr(10) + '    ')}\n{STEP}", timeout_s=20)
+
+
+def test_without_the_check_making_groups_is_watched_too():
+    with wb.launch(3, check_collectives=False) as cluster:
+        told = stopped(cluster, "if rank != 1:\n    dist.new_group([0, 1, 2])", wb.RankDeadlock)
+        assert "ranks 0, 2 wait in new_group (line 2); rank 1 finished the cell without it" in told
+        assert_well(cluster)

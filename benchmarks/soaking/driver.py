@@ -42,7 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     world = World(plan=plan)
     world.open()
     if engine:
-        wb.start_engine(world.cluster, model="tiny", backend=engine, kv_cache_bytes=2**24)
+        handle = wb.start_engine(world.cluster, model="tiny", backend=engine, kv_cache_bytes=2**24)
+        world.engine_pids |= set(handle.pids)
     while True:
         try:
             print("go", flush=True)

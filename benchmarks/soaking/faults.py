@@ -263,13 +263,14 @@ def pause_and_stop(world: World, draw: random.Random) -> Hit:
 
 
 def injected(world: World, draw: random.Random) -> Hit:
-    """`cluster.inject`: a rank killed, paused, delayed or left out at its first all_reduce."""
+    """`cluster.inject`: a rank killed, paused, delayed or left out at its first collective."""
     victim = _rank(world, draw)
     action = draw.choice(["kill", "pause", "delay", "drop"])
     kinds = {"kill": [wb.RankFailed], "pause": [wb.RankTimeout], "delay": [], "drop": [wb.RankDeadlock]}[action]
     at_s = time.monotonic()
-    with world.cluster.inject(wb.Fault(rank=victim, op="all_reduce", at=1, action=action, delay_s=0.3)):
-        world.end(world.start(ranks.work, "all_reduce", 1, timeout_s=0.6 if action == "pause" else None), *kinds)
+    op = "barrier" if action == "drop" else "all_reduce"  # who leaves out a sum would see that it is wrong
+    with world.cluster.inject(wb.Fault(rank=victim, op=op, at=1, action=action, delay_s=0.3)):
+        world.end(world.start(ranks.meet, op, timeout_s=0.6 if action == "pause" else None), *kinds)
     return Hit(at_s=at_s, what=f"{action}, rank {victim}", gone=frozenset({victim}) if action == "kill" else frozenset())
 
 

@@ -299,6 +299,11 @@ def work(body: str, num_rounds: int, culprit: int = -1, at: int = 0, trouble: st
     return num_rounds
 
 
+def meet(op: str) -> None:
+    """One barrier, or one round of all_reduce that checks itself."""
+    dist.barrier() if op == "barrier" else _reduce(0)
+
+
 def _raise() -> None:
     raise ValueError("on purpose")
 

@@ -97,6 +97,7 @@ class World:
         names: rank -> what it was last seen to hold.
         generation: of the objects that live on the ranks now.
         greedy: tokens that every engine of the whole run gives; shared by the worlds.
+        engine_pids: of engines beside the ranks.
         opened_s: when, in seconds since the epoch; what this process had started before is nobody's orphan.
     """
 
@@ -107,6 +108,7 @@ class World:
     generation: int = 0
     num_calls: int = 0
     opened_s: float = 0.0
+    engine_pids: set[int] = field(default_factory=set)
 
     def open(self) -> None:
         """Start the ranks, and what lives on them."""
@@ -240,7 +242,8 @@ class World:
             raise Broken(Zero.WRONG, f"greedy tokens {said}, must be {self.greedy}")
 
     def orphans(self) -> list[str]:
-        return orphans({self.cluster.pid(rank) for rank in range(self.plan.world_size)}, since_s=self.opened_s)
+        own = {self.cluster.pid(rank) for rank in range(self.plan.world_size)} | self.engine_pids
+        return orphans(own, since_s=self.opened_s)
 
 
 def orphans(ranks_pids: set[int], *, since_s: float = 0.0, limit_s: float = _ORPHAN_LIMIT_S) -> list[str]:

@@ -20,7 +20,7 @@ import os
 import struct
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -127,10 +127,14 @@ class Board:
 
     # -- driver's side ------------------------------------------------------------------------------------------------------------------
 
-    def stop(self, rank: int, cell: int) -> None:
-        """Make rank's waits in `cell` (now or later) end with `Stopped`."""
-        self._words[rank * _AREA_WORDS + _STOP] = cell
-        for peer in range(self.world_size):  # whichever it waits for
+    def stop(self, ranks: Iterable[int], cell: int) -> None:
+        """Make the ranks' waits in `cell` (now or later) end with `Stopped`.
+
+        All are told before any wakes: one that is freed may shut its connections, and its peers must know why.
+        """
+        for rank in ranks:
+            self._words[rank * _AREA_WORDS + _STOP] = cell
+        for peer in range(self.world_size):  # whoever waits, waits for one of these
             self._wake(peer * _AREA_WORDS)
 
     def read(self, rank: int) -> Posted:

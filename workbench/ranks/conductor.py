@@ -496,8 +496,7 @@ class Conductor:
                 return
             cell.diagnosis = self.last_diagnosis = found
             stages.add("board")
-            for rank in cell.members:
-                self.board.stop(rank, cell.number)
+            self.board.stop(cell.members, cell.number)
         after_grace_s = since_s - _GRACE_S[cell.stop_reason]
         if after_grace_s >= 0 and "signal" not in stages:
             stages.add("signal")

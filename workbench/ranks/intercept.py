@@ -34,7 +34,16 @@ from workbench.ranks import sockets
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
 from workbench.ranks.messages import ANY_SOURCE
-from workbench.ranks.operations import LEDGER_NAMES, NEW_GROUP, OPERATIONS, Operation, num_bytes, remember_reduce_ops, tensors_in
+from workbench.ranks.operations import (
+    LEDGER_NAMES,
+    NEW_GROUP,
+    OPERATIONS,
+    Operation,
+    forget_reduce_op,
+    num_bytes,
+    remember_reduce_ops,
+    tensors_in,
+)
 
 __all__ = ["Freed", "Hook", "Interceptor", "dropped"]
 
@@ -197,6 +206,11 @@ class Interceptor:
         self._in_flight.clear()
         self.board.reset(self.rank)
 
+    def end_cell(self) -> None:
+        """A signal that waits is of no use any more; nor is what a call would have read that was interrupted before it came here."""
+        self.is_interrupt_pending = False
+        forget_reduce_op()
+
     @property
     def is_stopped(self) -> bool:
         """The driver wants the cell to end."""
@@ -281,7 +295,7 @@ class Interceptor:
         """Meet the whole world before a group is made: torch's own wait for a rank that does not come can neither be seen nor stopped."""
         world = self._groups.get(id(dist.group.WORLD)) if dist.is_initialized() else None
         is_for_all = name.isdigit()  # a hashed name is of a group that only its members make
-        if world is None or world.generation != self.generation or not self.is_checked or not is_for_all or len(ranks) < 2:
+        if world is None or world.generation != self.generation or not is_for_all or len(ranks) < 2:
             return
         text = f"new_group(ranks={list(ranks)})"
         line, place = place_of(user_frame(1)[0], text)
@@ -298,15 +312,21 @@ class Interceptor:
     # -- collectives --------------------------------------------------------------------------------------------------------------------
 
     def _collective(self, name: str, operation: Operation, onward: Callable[..., Any], keyset: Any, *args: Any) -> Any:
-        group = self._groups.get(id(dist.ProcessGroup.unbox(args[operation.group_at])))
-        if group is None:
-            return onward(keyset & _BELOW, *args)
-        self._refuse_stale(group, operation.name)
+        try:
+            group = self._groups.get(id(dist.ProcessGroup.unbox(args[operation.group_at])))
+            if group is None:
+                return onward(keyset & _BELOW, *args)
+            self._refuse_stale(group, operation.name)
+            return self._watched(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
+        finally:
+            forget_reduce_op()  # one that nobody read must not be taken for that of a later call from C++
+
+    def _watched(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         try:
             with self._busy():
-                return self._run(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
+                return self._run(name, operation, group, args, onward)
         except BaseException:
-            self.has_left_backward |= user_frame(0)[1]
+            self.has_left_backward |= user_frame(1)[1]
             raise
 
     def _busy(self) -> _Busy:
@@ -348,7 +368,7 @@ class Interceptor:
             )
 
     def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
-        frame, calls_from_autograd = user_frame(2)
+        frame, calls_from_autograd = user_frame(3)
         if self.hooks and any([hook.before(operation, args) for hook in self.hooks]):
             call = self._describe(operation, group, args, frame)
             for hook in self.hooks:  # a tape holds it too, its tensors as they were

@@ -19,6 +19,7 @@ __all__ = [
     "NEW_GROUP",
     "OPERATIONS",
     "Operation",
+    "forget_reduce_op",
     "inputs_of",
     "num_bytes",
     "remember_reduce_ops",
@@ -110,10 +111,15 @@ def _remembering(make: Callable[[], Any]) -> Callable[[], Any]:
 
 def _reduce_op() -> str:
     """ "sum", "max", ...; "?" for a call from C++ (DDP), which is always compared as such."""
-    options, _last.options = getattr(_last, "options", None), None
+    options = getattr(_last, "options", None)
     if options is None:
         return "?"
     return _REDUCE_NAMES.get(options.reduceOp.op, "?")
+
+
+def forget_reduce_op() -> None:
+    """The call that this thread's last options were built for is over, or never came."""
+    _last.options = None
 
 
 def _all_reduce(args: tuple[Any, ...]) -> str:

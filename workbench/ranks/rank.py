@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from queue import SimpleQueue
@@ -67,6 +68,8 @@ __all__ = ["Rank", "main"]
 
 _libc = ctypes.CDLL(None)
 _DEEPEST_STACK = 12
+_AGAIN_S = 0.01  # after which an interrupt that met a finalizer is tried once more
+_FINALIZE = weakref.finalize.__call__.__code__
 
 
 class Rank:
@@ -221,7 +224,7 @@ class Rank:
                 self.is_running = self._missed_signal = False  # first of all: from here on a signal raises nothing, and the answer is sent
         except BaseException as raised:
             outcome, error = self._judge(raised), cells.tell(raised)
-        self.interceptor.is_interrupt_pending = False
+        self.interceptor.end_cell()
         if recorder is not None:
             recorder.end_cell(outcome, text, self._digest.value, f"{error.kind}: {error.message}" if error else "")
         _flush()
@@ -284,6 +287,9 @@ class Rank:
             return  # it came late: the cell has ended, and forming the next generation must not be stopped; or before the cell begins
         if self.interceptor.is_busy:
             self.interceptor.is_interrupt_pending = True
+        elif _is_finalizing(frame):
+            # an exception raised there would be swallowed, and the stop with it
+            threading.Timer(_AGAIN_S, signal.pthread_kill, args=(threading.main_thread().ident, number)).start()
         else:
             raise KeyboardInterrupt
 
@@ -314,6 +320,15 @@ class Rank:
 def _is_housekeeping(thread: threading.Thread) -> bool:
     """Threads that call no collectives: the main one, which is told apart, ours, and those that watch progress bars."""
     return thread is threading.main_thread() or thread.name.startswith("workbench-") or type(thread).__module__.startswith("tqdm.")
+
+
+def _is_finalizing(frame: FrameType | None) -> bool:
+    """Whether the main thread is in the finalizer of an object."""
+    while frame is not None:
+        if frame.f_code is _FINALIZE or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _world() -> Any:
