@@ -537,7 +537,8 @@ class Cluster:
     def save_session(self, path: str | os.PathLike[str]) -> Path:
         """Write what `wb.reproduce(path)` runs again: every cell since launch with hashes of what each rank gave, seeds, layout, versions.
 
-        Functions, arguments and pushed names are in it as pickles, up to 16 MiB each and 128 MiB in all; what is larger is named in it.
+        Functions, arguments, pushed names and what an engine's handle was given (weights, too) are in it as pickles, up to 16 MiB each and
+        128 MiB in all; what is larger is named in it.
 
         Raises:
             SessionError: the file holds something else, or cannot be written.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from workbench.errors import RankInterrupted
 from workbench.ranks.channel import Packed, pack, unpack
-from workbench.ranks.digest import digest_of
+from workbench.ranks.digest import Digest, digest_of
 from workbench.ranks.handle import ActiveCell
 from workbench.ranks.messages import Task
 from workbench.ranks.session import Entry, Output
@@ -25,7 +27,7 @@ from workbench.ranks.session import Entry, Output
 if TYPE_CHECKING:
     from workbench.ranks.cluster import Cluster
 
-__all__ = ["History", "Made", "as_one_call", "plain"]
+__all__ = ["History", "Made", "Told", "as_one_call", "plain"]
 
 _MOST_OUTPUTS = 100_000  # of one rank in one cell; about 50 MB
 _MOST_SHOWN_BYTES = 1 << 24
@@ -45,8 +47,22 @@ class Made:
     number: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What a session compares of what a call gave.
+
+    Attributes:
+        content: what is hashed; None takes the text.
+        reason: why it is compared by its text only, "" where it is hashed.
+    """
+
+    text: str
+    content: Any = None
+    reason: str = ""
+
+
 class History:
-    """The entries so far; cells are added by the caller's thread and completed by the conductor's."""
+    """The entries so far; what is done from several threads stands in the order in which it began."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -57,22 +73,32 @@ class History:
         self._num_outputs = 0
         self._place: dict[int, int] = {}  # number of a cell that runs -> its place in entries
         self._shown: dict[tuple[int, int], Packed] = {}  # (place, rank) -> a small result
-        self._depth = 0  # of calls that stand for their cells
+        self._lock = threading.Lock()  # over additions
+        self._within = threading.local()  # .calls: how many this thread is in that stand for their cells
         self._made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def add(self, number: int, task: str, text: str, ranks: Sequence[int], value: Packed | None, timeout_s: float | None = None) -> None:
         """A cell begins."""
-        if task == Task.HOUSE or self._depth:
-            return
-        if self._num_outputs >= _MOST_OUTPUTS:
-            self.num_left_out += 1
-            return
-        self._num_outputs += max(1, len(ranks))
-        key, unkept = self._keep(value)
-        self._place[number] = len(self.entries)
-        self.entries.append(
-            Entry(number=number, task=str(task), text=text, ranks=tuple(ranks), value=key, unkept=unkept, timeout_s=timeout_s)
-        )
+        place = self._add(Entry(number=number, task=str(task), text=text, ranks=tuple(ranks), timeout_s=timeout_s), value)
+        if place is not None:
+            self._place[number] = place
+
+    def _add(self, entry: Entry, value: Packed | None) -> int | None:
+        """The entry's place; None where it does not get one."""
+        if entry.task == Task.HOUSE or self._is_within_call:
+            return None
+        with self._lock:
+            if self._num_outputs >= _MOST_OUTPUTS:
+                self.num_left_out += 1
+                return None
+            self._num_outputs += max(1, len(entry.ranks))
+            key, unkept = self._keep(value)
+            self.entries.append(replace(entry, value=key, unkept=entry.unkept or unkept))
+            return len(self.entries) - 1
+
+    @property
+    def _is_within_call(self) -> bool:
+        return getattr(self._within, "calls", 0) > 0
 
     def event(self, what: str, rank: int | None = None, value: Any = None) -> None:
         """Something else was done to the cluster."""
@@ -94,31 +120,49 @@ class History:
     @contextmanager
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Any]]:
         """A call of the driver's that runs cells itself stands for them; the caller appends what it gave."""
-        place = len(self.entries)
-        if not self._depth:
+        with self._entry("driver", function.__qualname__, lambda: (function, self._refer(args), self._refer(kwargs))) as given:
+            self._within.calls = getattr(self._within, "calls", 0) + 1
             try:
-                value = pack((function, self._refer(args), self._refer(kwargs)))
-            except Exception as error:  # pickle raises whatever the value's own hooks raise
-                self.add(-1 - place, "driver", function.__qualname__, (), None)
-                self.entries[place:] = [replace(entry, unkept=str(error).partition("\n")[0]) for entry in self.entries[place:]]
-            else:
-                self.add(-1 - place, "driver", function.__qualname__, (), value)
-        self._depth += 1
+                yield given
+            finally:
+                self._within.calls -= 1
+
+    @contextmanager
+    def method(self, made: Any, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[list[Any]]:
+        """A call on what an earlier entry made; its text ends with the method's name. The caller appends what it gave."""
+        with self._entry("method", text, lambda: (self._refer_to(made), args, kwargs)) as given:
+            yield given
+
+    @contextmanager
+    def _entry(self, task: str, text: str, value: Callable[[], Any]) -> Iterator[list[Any]]:
+        """An entry of the driver's own, with how it ended."""
+        place = self._begin(task, text, value)
         given: list[Any] = []
-        started, output = time.monotonic(), Output(rank=-1, outcome="ok")
+        started, output, stop = time.monotonic(), Output(rank=-1, outcome="ok"), ""
         try:
             yield given
         except BaseException as error:
+            stop = "interrupt" if isinstance(error, (KeyboardInterrupt, RankInterrupted)) else ""
             output = Output(rank=-1, outcome="raised", text=_cut(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
             raise
         finally:
-            self._depth -= 1
-            if not self._depth and place < len(self.entries):
+            if place is not None:
                 if given:
-                    found = digest_of(given[0])
-                    output = Output(rank=-1, outcome="ok", text=_cut(repr(given[0])), digest=found.value, reason=found.reason)
+                    output = _output_of(given[0])
                     self._remember(given[0], place)
-                self.entries[place] = replace(self.entries[place], seconds=round(time.monotonic() - started, 3), outputs=(output,))
+                seconds = round(time.monotonic() - started, 3)
+                self.entries[place] = replace(self.entries[place], stop=stop, seconds=seconds, outputs=(output,))
+
+    def _begin(self, task: str, text: str, value: Callable[[], Any]) -> int | None:
+        """Place of a new entry of the driver's; None where it does not get one."""
+        if self._is_within_call:
+            return None
+        packed, unkept = None, ""
+        try:
+            packed = pack(value())
+        except Exception as error:  # pickle raises whatever the value's own hooks raise
+            unkept = str(error).partition("\n")[0]
+        return self._add(Entry(number=-1 - len(self.entries), task=task, text=text, unkept=unkept), packed)
 
     def _remember(self, value: Any, place: int) -> None:
         try:
@@ -137,6 +181,12 @@ class History:
         except TypeError:
             return value
         return value if place is None else Made(number=place)
+
+    def _refer_to(self, made: Any) -> Made:
+        place = self._made.get(made)
+        if place is None:
+            raise LookupError(f"the session does not hold how {made!r} was made")
+        return Made(number=place)
 
     def _keep(self, value: Packed | None) -> tuple[str, str]:
         """Key of a kept pickle, or why it was not kept."""
@@ -197,6 +247,12 @@ def as_one_call(function: F) -> F:
 def plain(text: str) -> str:
     """Text without the addresses of objects, which differ from process to process."""
     return _ADDRESS.sub("0x", text)
+
+
+def _output_of(given: Any) -> Output:
+    told = given if isinstance(given, Told) else Told(text=repr(given), content=given)
+    found = Digest(reason=told.reason) if told.reason else digest_of(told.text if told.content is None else told.content)
+    return Output(rank=-1, outcome="ok", text=_cut(told.text), digest=found.value, reason=found.reason)
 
 
 def _cut(text: str) -> str:

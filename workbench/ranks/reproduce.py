@@ -94,8 +94,9 @@ def reproduce(path: str | Path, *, trust: bool = False) -> Cluster:
     """Run a session's cells again on a new cluster: its names are rebuilt, and `cluster.report` says what differs.
 
     To reproduce a session is to run its code. One that this user saved on this machine is run; another one only with `trust`: read it first
-    (`workbench reproduce --show PATH`). Cells that were interrupted run for as long as they did then. Engines that were started, and
-    rollouts, are started and run again; calls on an engine's handle (`engine.generate`) are not part of a session.
+    (`workbench reproduce --show PATH`). Cells that were interrupted run for as long as they did then. Engines are started again, and
+    rollouts and what was asked of an engine's handle (generate, sleep, wake_up, update_weights, close) are run on them, in their order;
+    completions that were drawn without a seed are only counted.
 
     Args:
         path: what `cluster.save_session` was given.
@@ -116,8 +117,8 @@ def reproduce(path: str | Path, *, trust: bool = False) -> Cluster:
         cluster.close()
         raise
     now = cluster.history.told()
-    pairs = [(entry, now[place]) for entry, place in runner.places]
-    differences, num_outputs, num_hashed, unhashed = compare(pairs)
+    pairs = [(entry, now[place]) for _, entry, place in runner.places]
+    differences, num_outputs, num_hashed, unhashed = compare(pairs, [cell for cell, *_ in runner.places])
     cluster.report = Reproduction(
         path=Path(path),
         num_cells=len(pairs),
@@ -140,8 +141,11 @@ def _launch(session: Session, path: Path) -> Cluster:
         ) from error
 
 
-def compare(pairs: Sequence[tuple[Entry, Entry]]) -> tuple[list[Difference], int, int, list[str]]:
+def compare(pairs: Sequence[tuple[Entry, Entry]], cells: Sequence[int] | None = None) -> tuple[list[Difference], int, int, list[str]]:
     """Compare entries then and now.
+
+    Args:
+        cells: place of each pair in the session, from 1; None numbers the pairs.
 
     Returns:
         The differences, how many outputs were compared, how many of them by hash, and why others were not.
@@ -149,7 +153,7 @@ def compare(pairs: Sequence[tuple[Entry, Entry]]) -> tuple[list[Difference], int
     differences: list[Difference] = []
     num_outputs = num_hashed = 0
     reasons: dict[str, list[int]] = {}
-    for cell, (then, now) in enumerate(pairs, start=1):
+    for cell, (then, now) in zip(cells or range(1, len(pairs) + 1), pairs, strict=True):
         if then.stop == "interrupt":
             continue
         source = textwrap.shorten(then.text.partition("\n")[0], 60) or then.task
@@ -209,14 +213,14 @@ def _differing(then: Mapping[str, Any]) -> list[str]:
 
 
 class _Runner:
-    """Runs entries; `places` pairs each with its place in the new cluster's history."""
+    """Runs entries; `places` holds those that ran: place in the session (from 1), entry, place in the new cluster's history."""
 
     def __init__(self, cluster: Cluster, session: Session) -> None:
         self._cluster = cluster
         self._session = session
         self._made: dict[int, Any] = {}
         self._faults: list[AbstractContextManager[None]] = []
-        self.places: list[tuple[Entry, int]] = []
+        self.places: list[tuple[int, Entry, int]] = []
         self.notes: list[str] = []
 
     def run(self) -> None:
@@ -230,7 +234,7 @@ class _Runner:
                 if len(self._cluster.history.entries) == place:
                     self.notes.append(f"cell {number + 1} could not be run: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
             if len(self._cluster.history.entries) > place:
-                self.places.append((entry, place))
+                self.places.append((number + 1, entry, place))
         while self._faults:
             self._end_faults()
 
@@ -246,7 +250,8 @@ class _Runner:
             "call": lambda: self._call(value, ranks, limit_s),
             "push": lambda: cluster.push(value, ranks),
             "pull": lambda: cluster.pull(entry.text, ranks),
-            "driver": lambda: self._made.update({number: self._on_driver(value)}),
+            "driver": lambda: self._made.update({number: self._on_driver(entry, value)}),
+            "method": lambda: self._on_made(entry, value),
             "kill": lambda: cluster.kill(ranks[0]),
             "respawn": lambda: cluster.respawn(ranks[0]),
             "restart": cluster.restart,
@@ -272,11 +277,26 @@ class _Runner:
         else:
             self._cluster.run(function, *args, ranks=ranks, timeout_s=limit_s, **kwargs)
 
-    def _on_driver(self, value: Any) -> Any:
+    def _on_driver(self, entry: Entry, value: Any) -> Any:
         function, args, kwargs = value
-        back = [self._made.get(item.number) if isinstance(item, Made) else item for item in args]
-        named = {name: self._made.get(item.number) if isinstance(item, Made) else item for name, item in kwargs.items()}
-        return function(self._cluster, *back, **named)
+        named = {name: self._back(entry, item) for name, item in kwargs.items()}
+        return function(self._cluster, *(self._back(entry, item) for item in args), **named)
+
+    def _on_made(self, entry: Entry, value: Any) -> None:
+        """A call on an engine, say; how far one had come that was interrupted cannot be repeated."""
+        made, args, kwargs = value
+        if entry.stop == "interrupt":
+            raise WorkbenchError(f"{entry.text} was interrupted then")
+        getattr(self._back(entry, made), entry.text.rpartition(".")[2])(*args, **kwargs)
+
+    def _back(self, entry: Entry, value: Any) -> Any:
+        """What stands in the place of a reference now."""
+        if not isinstance(value, Made):
+            return value
+        if value.number not in self._made:
+            maker = self._session.entries[value.number].text
+            raise WorkbenchError(f"{entry.text} needs what cell {value.number + 1} ({maker}) gives, and that could not be run")
+        return self._made[value.number]
 
 
 def _show(session: Session) -> None:

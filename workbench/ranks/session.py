@@ -56,9 +56,9 @@ class Entry:
     """One cell, or one thing done to the cluster.
 
     Attributes:
-        task: a `Task`, or "driver" (a function of the workbench that runs cells itself), "kill", "respawn", "restart", "inject",
-            "end inject".
-        text: source, name of the function, or expression.
+        task: a `Task`, or "driver" (a function of the workbench that runs cells itself), "method" (a call on what such a function gave),
+            "kill", "respawn", "restart", "inject", "end inject".
+        text: source, name of the function or method, or expression.
         ranks: who took part.
         value: key of its pickle among the session's values, "" where it has none.
         unkept: why its pickle is not there, "" where it is.

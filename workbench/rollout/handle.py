@@ -1,6 +1,6 @@
 """The driver's handle of an engine: one process or several, slept, woken, asked and closed together.
 
-Knows clients of engine processes. Does not know how they were started, nor rollouts.
+Knows clients of engine processes, and tells a session what they were asked. Does not know how they were started, nor rollouts.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from workbench.errors import EngineError
+from workbench.ranks.history import History
 from workbench.ranks.memory import NvmlMemory, read_held_bytes
 from workbench.records import EngineNow, EngineStatus, Prompt, RolloutBatch, Sampling, SleepReport, Span
 from workbench.rollout.client import ABORT_LIMIT_S, Address, EngineClient
 from workbench.rollout.engine import PhaseTimes
 from workbench.rollout.finished import FinishedReader
+from workbench.rollout.outcome import told_batch, told_phase, told_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,10 +64,11 @@ class HostProcess:
 
 
 class EngineHandle:
-    """An engine of a cluster; made by `wb.start_engine`. Closed with the cluster."""
+    """An engine of a cluster; made by `wb.start_engine`. Closed with the cluster, whose session keeps what it was asked."""
 
-    def __init__(self, spec: EngineSpec, hosts: Sequence[HostProcess]) -> None:
+    def __init__(self, spec: EngineSpec, hosts: Sequence[HostProcess], history: History) -> None:
         self.spec = spec
+        self._history = history
         self.wanted = ""  # the words in which a rollout asked for it, to know it again
         self.spans: list[Span] = []
         self.sleeps: list[SleepReport] = []
@@ -113,12 +116,14 @@ class EngineHandle:
         Raises:
             EngineError: asleep, dead or failed.
         """
-        self._check_alive()
-        if isinstance(prompts, str):
-            raise ValueError(f"prompts is one text, {prompts[:80]!r}; generate takes a list of prompts: [{prompts[:20]!r}]")
-        first = self._hosts[: self.spec.tp]
-        with self.in_phase("generate"):
-            batches = self._each(lambda host: host.client.generate(prompts, sampling, num_samples=num_samples), first)
+        with self._entry("generate", prompts, sampling, num_samples=num_samples) as given:
+            self._check_alive()
+            if isinstance(prompts, str):
+                raise ValueError(f"prompts is one text, {prompts[:80]!r}; generate takes a list of prompts: [{prompts[:20]!r}]")
+            first = self._hosts[: self.spec.tp]
+            with self.in_phase("generate"):
+                batches = self._each(lambda host: host.client.generate(prompts, sampling, num_samples=num_samples), first)
+            given.append(told_batch(batches[0], sampling))
         return batches[0]
 
     def sleep(self, level: int = 1) -> PhaseTimes:
@@ -130,9 +135,15 @@ class EngineHandle:
         Returns:
             The slowest process's times, the bytes of all; `note` says where it was a no-op.
         """
-        self._check_alive()
-        if level not in (0, 1, 2):
-            raise ValueError(f"sleep level is {level!r}; it must be 0 (pause), 1 (weights to a file) or 2 (weights discarded)")
+        with self._entry("sleep", level) as given:
+            self._check_alive()
+            if level not in (0, 1, 2):
+                raise ValueError(f"sleep level is {level!r}; it must be 0 (pause), 1 (weights to a file) or 2 (weights discarded)")
+            times = self._sleep(level)
+            given.append(told_phase(self.status, times))
+        return times
+
+    def _sleep(self, level: int) -> PhaseTimes:
         before = read_held_bytes(self.pids, self._device)
         start = time.monotonic()
         with self.in_phase("sleep"):
@@ -147,7 +158,13 @@ class EngineHandle:
 
     def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
         """Wake every process; `tags` of "weights" and "kv_cache" wake a part."""
-        self._check_alive()
+        with self._entry("wake_up", tags) as given:
+            self._check_alive()
+            times = self._wake_up(tags)
+            given.append(told_phase(self.status, times))
+        return times
+
+    def _wake_up(self, tags: Sequence[str] | None) -> PhaseTimes:
         before = read_held_bytes(self.pids, self._device)
         start = time.monotonic()
         with self.in_phase("wake_up"):
@@ -161,12 +178,14 @@ class EngineHandle:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace weights in every process, all or nothing; see `Engine.update_weights`."""
-        self._check_alive()
         pairs = [(name, tensor.detach().cpu()) for name, tensor in named_tensors]
-        start = time.monotonic()
-        with self.in_phase("update_weights"):
-            self._each(lambda host: host.client.update_weights(pairs, version))
-        self.spans.append(Span(step=self._step, rank=-1, span="update_weights", start_s=start, end_s=time.monotonic()))
+        with self._entry("update_weights", pairs, version) as given:
+            self._check_alive()
+            start = time.monotonic()
+            with self.in_phase("update_weights"):
+                self._each(lambda host: host.client.update_weights(pairs, version))
+            self.spans.append(Span(step=self._step, rank=-1, span="update_weights", start_s=start, end_s=time.monotonic()))
+            given.append(told_weights(pairs, version))
 
     def memory(self) -> pd.DataFrame:
         """A row a process: rank, pid, weights_bytes, kv_cache_bytes, other_bytes, host_backup_bytes."""
@@ -221,6 +240,12 @@ class EngineHandle:
 
     def close(self) -> None:
         """End the engine's processes; may be called twice."""
+        if not self._is_closed:
+            with self._entry("close"):
+                self.end()
+
+    def end(self) -> None:
+        """Close it with its cluster: what no session holds."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -239,6 +264,14 @@ class EngineHandle:
     def __repr__(self) -> str:
         size = f", {len(self._hosts)} processes" if len(self._hosts) > 1 else ""
         return f"<engine {self.spec.model} ({self.spec.backend}, {self.spec.mode}{size}): {self.status}>"
+
+    def __digest__(self) -> EngineSpec:
+        """What must be equal of an engine that is started again."""
+        return self.spec
+
+    def _entry(self, verb: str, *args: Any, **kwargs: Any) -> AbstractContextManager[list[Any]]:
+        """What is asked within the block stands in the cluster's session, with what is appended."""
+        return self._history.method(self, f"engine.{verb}", args, kwargs)
 
     def _check_alive(self) -> None:
         if self._is_closed:

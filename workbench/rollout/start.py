@@ -91,7 +91,7 @@ def start_engine(
         engine_options=tuple(sorted((engine_options or {}).items())),
     )
     handle = _Starter(cluster, spec).start()
-    cluster.own(handle.close, handle)
+    cluster.own(handle.end, handle)
     return handle
 
 
@@ -118,6 +118,7 @@ class _Starter:
         self.spec = spec
         self.world_size = cluster.world_size
         self.folder = cluster.folder
+        self.history = cluster.history
         self.store_port = cluster.store_port
         self.identity = secrets.token_hex(4)
         self.exits: dict[int, int] = {}
@@ -134,7 +135,7 @@ class _Starter:
             for host in hosts:  # nothing of an engine that has not started is worth waiting for
                 host.end(0.0)
             raise
-        self.handle = EngineHandle(self.spec, hosts)
+        self.handle = EngineHandle(self.spec, hosts, self.history)
         return self.handle
 
     def _host(self, index: int, rank: int, count: int) -> HostProcess:
