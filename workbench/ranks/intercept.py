@@ -1,7 +1,7 @@
 """One interception point for every collective of a rank: plain `dist.*`, accelerate, DDP's reducer, functional collectives.
 
     user code -> c10d operator -> here: post on the board, wait for peers, compare -> gloo -> note in the ledger
-    work.wait(), wait_tensor of an asynchronous call -> here: wait for peers, compare -> gloo
+    work.wait(), wait_tensor of an asynchronous call -> here: wait for peers, compare -> gloo   (its future: work.wait first, see `futures`)
     dist.new_group ---------------------------------> here: wait for the whole world -> torch
 
 Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared at once, and
@@ -33,6 +33,7 @@ from workbench.ranks import called as calling
 from workbench.ranks import sockets
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
+from workbench.ranks.futures import Futures
 from workbench.ranks.messages import ANY_SOURCE
 from workbench.ranks.operations import (
     LEDGER_NAMES,
@@ -157,6 +158,7 @@ class Interceptor:
         library.impl("wait_tensor", self._wait_tensor, _LAYER, with_keyset=True)
         self._libraries.append(library)
         setattr(dist.Work, "wait", self._waiting(dist.Work.wait))  # noqa: B010  a plain assignment is refused by the type of a method
+        Futures(lambda work: id(work) in self._in_flight).install()
         c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
         for name in ("send", "recv"):
             wrapped = self._blocking(getattr(c10d, name))
