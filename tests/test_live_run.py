@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import threading
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_its_line_says_how_far_it_is_and_what_is_held():
 
 def test_in_a_log_the_last_line_is_printed_whole(capfd):
     live_run = LiveRun(num_steps=1)
-    with live_run.shown():
+    with live_run.shown(is_notebook=False):
         live_run.add([finished()])
     assert capfd.readouterr().err == "rollout: starting, 1 completions, 5 tokens\n"
     assert live_run.is_done
@@ -164,7 +165,7 @@ def test_a_rollout_that_fails_says_why_to_who_follows_and_leaves_nothing(cluster
 def test_in_a_notebook_a_widget_is_told_how_it_ended_and_leaves_a_picture(cluster, engine, monkeypatch):
     shown: list[dict[str, Any]] = []
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr("workbench.live._is_notebook", lambda: True)
+    monkeypatch.setattr(import_module("workbench.rollout.following"), "is_notebook", lambda: True)
     monkeypatch.setattr(moving, "display", lambda data, **_: shown.append(data))
     monkeypatch.setattr(moving, "update_display", lambda data, **_: shown.append(data))
     monkeypatch.setattr(moving.MovingWidget, "send", lambda _, message: told.append(message["news"]))

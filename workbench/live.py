@@ -91,9 +91,9 @@ class LiveRun:
     # -- showing ------------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def shown(self) -> Iterator[None]:
+    def shown(self, *, is_notebook: bool) -> Iterator[None]:
         """Within the block: a widget in a notebook, one line that is overwritten on a terminal, a line now and then in a log."""
-        if _is_notebook():
+        if is_notebook:
             from workbench.view.live_rollout import LiveRollout
 
             widget = LiveRollout(self)
@@ -127,9 +127,3 @@ class LiveRun:
             else:
                 print(self.line(), file=sys.stderr, flush=True)
         print(f"\r\x1b[2K{self.line()}" if is_terminal else self.line(), file=sys.stderr, flush=True)
-
-
-def _is_notebook() -> bool:
-    module = sys.modules.get("IPython")
-    shell = module.get_ipython() if module is not None and hasattr(module, "get_ipython") else None
-    return shell is not None and getattr(shell, "kernel", None) is not None

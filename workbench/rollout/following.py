@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 
 from workbench.live import LiveRun
 from workbench.ranks.memory import MemorySampler
+from workbench.ranks.progress import is_notebook
 from workbench.rollout.finished import FinishedReader
 from workbench.rollout.handle import EngineHandle
 
@@ -40,7 +41,7 @@ def followed(live: Live, engine: EngineHandle, sampler: MemorySampler, *, num_st
     try:
         if callable(live):
             live(live_run)
-        with live_run.shown() if live is True else nullcontext():
+        with live_run.shown(is_notebook=is_notebook()) if live is True else nullcontext():
             try:
                 yield live_run
             except BaseException as error:
