@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from torch import Tensor
 
-__all__ = ["Called", "Carrier", "Row", "announcing", "called_now", "carrier", "named", "set_carrier"]
+__all__ = ["Called", "Carrier", "Row", "announcing", "called_now", "carrier", "named", "named_as", "set_carrier"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,6 +64,11 @@ class Called:
         if not self.is_announcing:
             self.num_bytes += row.num_bytes
 
+    @property
+    def shown(self) -> str:
+        """Its text beside torch's own calls: an operation without a class of its own is a group's."""
+        return self.text if "." in self.name else f"Group.{self.text}"
+
     def end(self) -> None:
         """Put its row in the ledger."""
         if self._row is not None and self._note is not None:
@@ -93,20 +98,27 @@ def announcing(text: str, num_bytes: int) -> Iterator[None]:
 
 def named(operation: Callable[P, T]) -> Callable[P, T]:
     """Show the calls of torch inside under the operation's own name; the outermost operation gives the name."""
-    name = operation.__name__
+    return named_as(operation.__name__)(operation)
 
-    @functools.wraps(operation)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        if called_now() is not None:
-            return operation(*args, **kwargs)
-        _local.called = called = Called(name, f"{name}()")
-        try:
-            return operation(*args, **kwargs)
-        finally:
-            _local.called = None
-            called.end()
 
-    return wrapped
+def named_as(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """The same under another name, one of `operations.LEDGER_NAMES`."""
+
+    def decorate(operation: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(operation)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
+            if called_now() is not None:
+                return operation(*args, **kwargs)
+            _local.called = called = Called(name, f"{name}()")
+            try:
+                return operation(*args, **kwargs)
+            finally:
+                _local.called = None
+                called.end()
+
+        return wrapped
+
+    return decorate
 
 
 class Carrier(Protocol):

@@ -89,7 +89,7 @@ class Call:
     @property
     def shown(self) -> str:
         """What is shown where ranks met with different operations."""
-        return f"Group.{self.called.text}" if self.called is not None and self.is_announcement else self.text
+        return self.called.shown if self.called is not None and self.is_announcement else self.text
 
 
 def key_of(text: str) -> int:

@@ -18,6 +18,7 @@ __all__ = [
     "LEDGER_NAMES",
     "NEW_GROUP",
     "OPERATIONS",
+    "ROLLOUT_OPERATIONS",
     "Operation",
     "forget_reduce_op",
     "inputs_of",
@@ -164,6 +165,11 @@ GROUP_OPERATIONS = (
     "all_gather_object", "all_gatherv", "broadcast_object", "broadcast_object_list", "broadcast_tensor_dict", "combine",
     "create_mq_broadcaster", "create_single_reader_mq_broadcasters", "dispatch", "gather_object", "reduce_metrics", "reduce_scatterv",
 )  # fmt: skip
-LEDGER_NAMES = (*(operation.name for operation in OPERATIONS.values()), *GROUP_OPERATIONS)  # a row of the ledger holds an index of these
+ROLLOUT_OPERATIONS = (
+    "GroupedRollout.gather_prompts", "GroupedRollout.scatter_completions",
+    "RootedRollout.gather_prompts", "RootedRollout.scatter_completions",
+)  # fmt: skip
+# a row of the ledger holds an index of these
+LEDGER_NAMES = (*(operation.name for operation in OPERATIONS.values()), *GROUP_OPERATIONS, *ROLLOUT_OPERATIONS)
 
 NEW_GROUP = Operation("new_group", -1, -1, lambda a: "new_group()")  # no operator of torch, but a call that all ranks make together

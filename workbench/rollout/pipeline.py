@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workbench.errors import EngineError, WorkbenchError
+from workbench.ranks.called import named_as
 from workbench.records import GatheredPrompts, Prompt, RolloutBatch, Sampling, Span
 from workbench.rollout.batch import select
 from workbench.rollout.bisect import generate_bisected
@@ -211,9 +212,12 @@ class _Rollout(ABC):
             make: gives the whole batch, None where nothing is generated.
             waits_since_s: since when ranks that do not generate wait for it; None by hand.
         """
-        exchange, bytes_before = self._exchange, self._exchange.num_bytes
         parcel, error = _attempt(lambda: self._wrap(make(), self._check_offsets(offsets)))
-        parcel = parcel or _Parcel()
+        return self._hand_out(parcel or _Parcel(), error, offsets, waits_since_s)
+
+    def _hand_out(self, parcel: _Parcel, error: Exception | None, offsets: Any, waits_since_s: float | None) -> RolloutBatch:
+        """The meeting, and what follows it."""
+        exchange, bytes_before = self._exchange, self._exchange.num_bytes
         way = _WAYS.index(self._way)
         table = exchange.meet(Phase.SCATTER, way, parcel.digest, 0, 0, self._root, buffers=parcel.buffers, error=error)
         _check_roots(table, exchange.ranks)
@@ -287,6 +291,9 @@ class RootedRollout(_Rollout):
         ValueError: an argument does not fit.
     """
 
+    _gather = named_as("RootedRollout.gather_prompts")(_Rollout._gather)
+    _hand_out = named_as("RootedRollout.scatter_completions")(_Rollout._hand_out)
+
     def __init__(
         self, group: Any, engine: Engine | None, *, scatter: str | None = None, root: int = 0, on_error: str = "raise", step: int = 0
     ) -> None:
@@ -329,6 +336,9 @@ class GroupedRollout(_Rollout):
         engine: this member's part of the engine. All members must generate the same tokens; that is checked.
         on_error, step: as for `RootedRollout`.
     """
+
+    _gather = named_as("GroupedRollout.gather_prompts")(_Rollout._gather)
+    _hand_out = named_as("GroupedRollout.scatter_completions")(_Rollout._hand_out)
 
     def __init__(self, group: Any, engine: Engine | None, *, on_error: str = "raise", step: int = 0) -> None:
         super().__init__(group, engine, root=_EVERYWHERE, on_error=on_error, step=step)
