@@ -302,6 +302,29 @@ def test_a_model_that_was_left_in_the_middle_of_a_backward_pass_says_that_it_is_
         assert_well(cluster)
 
 
+SLOW = """
+import time
+class Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+    @staticmethod
+    def backward(ctx, grad): time.sleep(60); return grad
+class Between(torch.nn.Module):
+    def forward(self, x): return Slow.apply(x)
+layers = torch.nn.Linear(2, 2), Between(), torch.nn.Linear(2, 1)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(*layers))
+"""
+
+
+def test_a_stop_in_the_users_own_code_of_a_backward_pass_leaves_a_model_that_says_so():
+    with wb.launch(2) as cluster:
+        cluster.execute(SLOW)
+        stopped(cluster, "model(torch.ones(1, 2)).sum().backward()", wb.RankTimeout, timeout_s=0.5)
+        with pytest.raises(wb.RankFailed, match="StaleGroupError"):
+            cluster.execute("model(torch.ones(1, 2))", timeout_s=10)
+        assert_well(cluster)
+
+
 def test_a_failure_beside_ranks_inside_gloo_is_the_failure():
     with wb.launch(3, check_collectives=False) as cluster:
         text = stopped(cluster, "if rank == 1: raise ValueError('bad prompt')\ndist.all_reduce(torch.ones(1))", wb.RankFailed, within_s=5)

@@ -21,7 +21,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from queue import SimpleQueue
 from types import FrameType, ModuleType
@@ -287,10 +287,12 @@ class Rank:
             return  # it came late: the cell has ended, and forming the next generation must not be stopped; or before the cell begins
         if self.interceptor.is_busy:
             self.interceptor.is_interrupt_pending = True
-        elif _is_finalizing(frame):
+        elif any(one.f_code is _FINALIZE or one.f_code.co_name == "__del__" for one in _frames(frame)):
             # an exception raised there would be swallowed, and the stop with it
             threading.Timer(_AGAIN_S, signal.pthread_kill, args=(threading.main_thread().ident, number)).start()
         else:
+            called_by = _frames(frame.f_back if frame is not None else None)
+            self.interceptor.has_left_backward |= any(one.f_code.co_name == "_engine_run_backward" for one in called_by)
             raise KeyboardInterrupt
 
     def _rebuild(self, generation: int) -> None:
@@ -322,13 +324,11 @@ def _is_housekeeping(thread: threading.Thread) -> bool:
     return thread is threading.main_thread() or thread.name.startswith("workbench-") or type(thread).__module__.startswith("tqdm.")
 
 
-def _is_finalizing(frame: FrameType | None) -> bool:
-    """Whether the main thread is in the finalizer of an object."""
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """This one and those that called it."""
     while frame is not None:
-        if frame.f_code is _FINALIZE or frame.f_code.co_name == "__del__":
-            return True
+        yield frame
         frame = frame.f_back
-    return False
 
 
 def _world() -> Any:
