@@ -120,6 +120,9 @@ def test_a_flood_shows_its_end_and_says_where_the_rest_is(cluster):
     assert "14,001 older lines of ranks 0-2: in the stdout and stderr of this result" in page
     assert "0 line 4999" in page and "0 line 4667" in page and "0 line 4666" not in page and len(page) < 200_000
     assert len(result[2].stdout.splitlines()) == 5_000
+    text = repr(result)  # what a notebook keeps beside the page
+    assert text.startswith("14,001 older lines of ranks 0-2: in the stdout and stderr of this result\n[rank 0] 0 line 4667\n")
+    assert text.endswith("\n[rank 2] 2 line 4999") and len(text.splitlines()) == 1_000 and len(str(result).splitlines()) == 15_000
 
 
 def test_errors_stand_apart_and_bars_stand_as_they_ended(cluster):

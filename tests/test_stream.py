@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,8 +133,26 @@ def test_the_page_of_a_flood_names_the_file_with_the_older_lines(stream, monkeyp
     (bundle,) = shown
     assert stream.file is not None and len(stream.file.read_text().splitlines()) == 10_001
     assert f"9,001 older lines of ranks 0-1: {stream.file}" in bundle["text/html"]
-    assert re.match(rf"4,001 older lines: {stream.file}\n\[ranks 0-1\] line 4001\n", bundle["text/plain"])
+    text = f"9,001 older lines of ranks 0-1: {stream.file}\n[rank 0] line 4500\n[ranks 0-1] line 4501\n"
+    assert bundle["text/plain"].startswith(text) and bundle["text/plain"].endswith("\n[rank 1] odd")
     assert len(bundle["text/html"]) < 100_000 and len(bundle["text/plain"]) < 40_000
+
+
+def test_a_long_line_is_cut_and_whole_in_the_file(stream, monkeypatch):
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, **_: shown.append(bundle))
+    stream.take(1, "stdout", "x" * 50_000)
+    Panel().finish(stream, result_of("", "x" * 50_000))
+    (bundle,) = shown
+    assert stream.file is not None and stream.file.read_text() == f"[rank 1] {'x' * 50_000}\n"
+    for text in bundle.values():
+        assert f"the end of a long line: {stream.file}" in text and "xxx... (50,000 characters)" in text and len(text) < 6_000
+
+
+def test_what_a_view_does_not_hold_is_in_the_file(stream):
+    stream.take(0, "stdout", "".join(f"line {i}\n" for i in range(30)))
+    assert told(stream.advance(most=5)) == [((0,), f"line {i}") for i in range(25, 30)]
+    assert stream.file is not None and len(stream.file.read_text().splitlines()) == stream.num_lines == 30
 
 
 def test_the_surface_fits_the_place(monkeypatch):

@@ -15,9 +15,10 @@ from workbench.plan.folding import FoldedLine, FoldedValue, fold_lines
 from workbench.plan.selector import name_ranks
 from workbench.records import Shown
 
-__all__ = ["page_of_lines", "page_of_ranks", "page_of_stream", "page_of_values"]
+__all__ = ["IN_RESULT", "cut_line", "left_out", "page_of_lines", "page_of_ranks", "page_of_stream", "page_of_values"]
 
-_LONGEST_LINE = 2_000  # characters
+IN_RESULT = "in the stdout and stderr of this result"
+LONGEST_LINE = 2_000  # characters
 _MUTED = "color:var(--jp-ui-font-color2,#666)"
 _FONT = "font-family:var(--jp-code-font-family,monospace);font-size:var(--jp-code-font-size,13px)"
 _PRE = f"margin:0;padding:0;background:none;color:inherit;white-space:pre-wrap;overflow-wrap:anywhere;{_FONT}"
@@ -36,22 +37,22 @@ _TABS = """<style>
 </style>"""
 
 
-def page_of_lines(by_rank: Mapping[int, Sequence[str]], *, most: int, older: str = "", is_error: bool = False) -> str:
+def page_of_lines(by_rank: Mapping[int, Sequence[str]], *, most: int, older: str = IN_RESULT, is_error: bool = False) -> str:
     """What ranks wrote: equal lines once, numbers that differ underlined, of each rank the last `most` lines."""
-    dropped = {rank: len(lines) - most for rank, lines in by_rank.items() if len(lines) > most}
     folded = fold_lines({rank: lines[-most:] for rank, lines in by_rank.items()})
     if not folded:
         return ""
     body = _lines(folded)
-    style = f"{_AT_END if dropped else _SCROLL};{_ERROR if is_error else ''}"
+    is_end = any(len(lines) > most for lines in by_rank.values())
+    style = f"{_AT_END if is_end else _SCROLL};{_ERROR if is_error else ''}"
     title = ' title="stderr"' if is_error else ""
-    return _older(dropped, older) + f'<div style="{style}"{title}><pre style="flex:none;{_PRE}">{body}</pre></div>'
+    return _head(left_out(by_rank, most, older)) + f'<div style="{style}"{title}><pre style="flex:none;{_PRE}">{body}</pre></div>'
 
 
 def page_of_stream(folded: Sequence[FoldedLine], bars: Mapping[int, Sequence[str]], *, num_dropped: int, older: str, status: str) -> str:
     """A cell that still runs: its newest lines, then rows that still change, such as progress bars; it scrolls with its end."""
     head = f'<div style="{_MUTED}">{num_dropped:,} older lines: {html.escape(older)}</div>' if num_dropped else ""
-    still = "\n".join(_label((rank,)) + html.escape(row[:_LONGEST_LINE]) for rank, rows in sorted(bars.items()) for row in rows)
+    still = "\n".join(_label((rank,)) + html.escape(row[:LONGEST_LINE]) for rank, rows in sorted(bars.items()) for row in rows)
     body = "\n".join(part for part in (_lines(folded), still) if part)
     foot = f'<div style="{_MUTED};font-style:italic">{html.escape(status)}</div>'
     return f'{head}<div style="{_AT_END}"><pre style="flex:none;{_PRE}">{body}</pre></div>{foot}'
@@ -79,16 +80,32 @@ def _marked(one: FoldedLine) -> str:
     for first, behind in one.marks:
         parts += [html.escape(line[begin:first]), f'<mark style="{_MARK}">{html.escape(line[first:behind])}</mark>']
         begin = behind
-    rest = line[begin:]
-    cut = f"{rest[:_LONGEST_LINE]}... ({len(line):,} characters)" if len(rest) > _LONGEST_LINE else rest
-    return "".join([*parts, html.escape(cut)])
+    return "".join([*parts, html.escape(cut_line(line[begin:], len(line)))])
 
 
-def _older(dropped: Mapping[int, int], older: str) -> str:
-    if not dropped:
-        return ""
-    told = f"{sum(dropped.values()):,} older lines of {name_ranks(tuple(dropped))}: {older or 'in the stdout and stderr of this result'}"
-    return f'<div style="{_MUTED}">{html.escape(told)}</div>'
+def cut_line(line: str, length: int | None = None) -> str:
+    """Its beginning where it is long; `length` is that of the line whose rest it is."""
+    return line if len(line) <= LONGEST_LINE else f"{line[:LONGEST_LINE]}... ({length or len(line):,} characters)"
+
+
+def left_out(by_rank: Mapping[int, Sequence[str]], most: int, older: str) -> str:
+    """What is not among the newest `most` lines of each rank, each cut where it is long, and where it is; "" where all is there.
+
+    "14,001 older lines of ranks 0-2 and the ends of 3 long lines: in the stdout and stderr of this result"
+    """
+    num_cut = sum(len(line) > LONGEST_LINE for lines in by_rank.values() for line in lines[-most:])
+    ends = f"the ends of {num_cut:,} long lines" if num_cut > 1 else "the end of a long line" if num_cut else ""
+    told = " and ".join(part for part in (_older(by_rank, most), ends) if part)
+    return f"{told}: {older}" if told else ""
+
+
+def _older(by_rank: Mapping[int, Sequence[str]], most: int) -> str:
+    dropped = {rank: len(lines) - most for rank, lines in by_rank.items() if len(lines) > most}
+    return f"{sum(dropped.values()):,} older lines of {name_ranks(tuple(dropped))}" if dropped else ""
+
+
+def _head(told: str) -> str:
+    return f'<div style="{_MUTED}">{html.escape(told)}</div>' if told else ""
 
 
 def page_of_values(folded: Sequence[FoldedValue]) -> str:
@@ -115,7 +132,7 @@ def _form(shown: Shown, name: str) -> str:
     return f'<pre style="{_PRE};{_SCROLL}">{html.escape(shown.text)}</pre>'
 
 
-def page_of_ranks(by_rank: Mapping[int, Sequence[str]], *, most: int, older: str = "") -> str:
+def page_of_ranks(by_rank: Mapping[int, Sequence[str]], *, most: int, older: str = IN_RESULT) -> str:
     """Each rank's own text behind one click, a tab a rank; "" where all ranks gave the same."""
     if len(set(map(tuple, by_rank.values()))) < 2:
         return ""
@@ -126,7 +143,7 @@ def page_of_ranks(by_rank: Mapping[int, Sequence[str]], *, most: int, older: str
 
 
 def _tab(rank: int, lines: Sequence[str], most: int, group: str, older: str, *, is_open: bool) -> str:
-    dropped = {rank: len(lines) - most} if len(lines) > most else {}
-    text = "\n".join(line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "..." for line in lines[-most:])
-    body = f'{_older(dropped, older)}<pre style="{_PRE};{_SCROLL}">{html.escape(text) or "(nothing)"}</pre>'
+    text = "\n".join(cut_line(line) for line in lines[-most:])
+    told = _older({rank: lines}, most)
+    body = f'{_head(told and f"{told}: {older}")}<pre style="{_PRE};{_SCROLL}">{html.escape(text) or "(nothing)"}</pre>'
     return f'<details name="{group}"{" open" if is_open else ""}><summary>rank {rank}</summary>{body}</details>'

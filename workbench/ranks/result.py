@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from workbench.plan.folding import FoldedLine, FoldedValue, fold_lines, fold_values
 from workbench.plan.selector import name_ranks
-from workbench.ranks.page import page_of_lines, page_of_ranks, page_of_values
+from workbench.ranks.page import IN_RESULT, cut_line, left_out, page_of_lines, page_of_ranks, page_of_values
 from workbench.ranks.screen import settled_lines
 from workbench.records import Shown
 
@@ -86,28 +86,38 @@ class CellResult(Mapping[int, RankOutput]):
         ]
 
     @property
-    def is_flood(self) -> bool:
-        """Whether a page shows only the last lines."""
-        return sum(len(lines) for stream in _STREAMS for lines in self.lines(stream).values()) > MOST_LINES
+    def is_cut(self) -> bool:
+        """Whether a page leaves something out: the older ones of many lines, the ends of long ones."""
+        return any(left_out(self.lines(stream), self._most_lines(), "") for stream in _STREAMS)
+
+    def _most_lines(self) -> int:
+        """Of each rank and stream on a page."""
+        is_flood = sum(len(lines) for stream in _STREAMS for lines in self.lines(stream).values()) > MOST_LINES
+        return max(10, MOST_LINES // len(self._outputs)) if is_flood else MOST_LINES
 
     def __str__(self) -> str:
-        return self.text()
-
-    def text(self, older: str = "") -> str:
-        """All of it in lines with the names of ranks; of a flood the last ones where `older` says where the others are."""
+        """All of it in lines with the names of ranks."""
         written = [line for stream in _STREAMS for line in fold_lines(self.lines(stream))]
-        head = [f"{len(written) - MOST_LINES:,} older lines: {older}"] if older and len(written) > MOST_LINES else []
-        return "\n".join([*head, *text_of_lines(written[-MOST_LINES:] if head else written), *text_of_values(self.folded_values())])
+        return "\n".join([*text_of_lines(written), *text_of_values(self.folded_values())])
+
+    def text(self, older: str = IN_RESULT) -> str:
+        """What a page shows of it, in lines with the names of ranks; `older` says where the rest is."""
+        most, told = self._most_lines(), []
+        for by_rank in map(self.lines, _STREAMS):
+            head = left_out(by_rank, most, older)
+            newest = fold_lines({rank: lines[-most:] for rank, lines in by_rank.items()})
+            told += [*([head] if head else []), *text_of_lines(newest, is_cut=True)]
+        return "\n".join([*told, *text_of_values(self.folded_values())])
 
     def __repr__(self) -> str:
-        return str(self) or f"<no output of {name_ranks(tuple(self._outputs))}>"
+        return self.text() or f"<no output of {name_ranks(tuple(self._outputs))}>"
 
     def _repr_html_(self) -> str:
         return self.page() or f"<i>no output of {name_ranks(tuple(self._outputs))}</i>"
 
-    def page(self, older: str = "") -> str:
-        """All of it as HTML without scripts, "" where there is nothing; `older` says where lines are that are too many to show."""
-        most = max(10, MOST_LINES // len(self._outputs)) if self.is_flood else MOST_LINES
+    def page(self, older: str = IN_RESULT) -> str:
+        """All of it as HTML without scripts, "" where there is nothing; `older` says where the rest is."""
+        most = self._most_lines()
         blocks = [page_of_lines(self.lines(stream), most=most, older=older, is_error=stream == "stderr") for stream in _STREAMS]
         blocks.append(page_of_values(self.folded_values()))
         shown = "".join(blocks)
@@ -119,9 +129,12 @@ def _whole(output: RankOutput) -> tuple[str, ...]:
     return (*settled_lines(output.stdout), *settled_lines(output.stderr), *output.result_text.splitlines())
 
 
-def text_of_lines(folded: list[FoldedLine]) -> list[str]:
-    """ "[ranks 0-1, 3] loss 0.25" and the like."""
-    return [f"[{name_ranks(one.ranks)}] {one.line}" + (f"  <- {one.note}" if one.note else "") for one in folded]
+def text_of_lines(folded: list[FoldedLine], *, is_cut: bool = False) -> list[str]:
+    """ "[ranks 0-1, 3] loss 0.25" and the like; with `is_cut` no more of long lines than their beginnings."""
+    lines = [cut_line(one.line) if is_cut else one.line for one in folded]
+    return [
+        f"[{name_ranks(one.ranks)}] {line}" + (f"  <- {one.note}" if one.note else "") for one, line in zip(folded, lines, strict=True)
+    ]
 
 
 def text_of_values(folded: list[FoldedValue]) -> list[str]:

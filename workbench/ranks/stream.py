@@ -17,9 +17,9 @@ from typing import IO
 from workbench.plan.folding import FoldedLine, fold_lines
 from workbench.ranks.screen import Screen
 
-__all__ = ["Stream", "output_file"]
+__all__ = ["MOST_HELD", "Stream", "output_file"]
 
-_MOST_HELD = 200  # folded lines that a view which is replaced as a whole shows
+MOST_HELD = 200  # folded lines that a view which is replaced as a whole shows
 _NUM_KEPT = 20  # files of older lines
 
 
@@ -34,7 +34,7 @@ class Stream:
 
     def __init__(self, make_file: Callable[[], Path]) -> None:
         self.num_lines = 0
-        self.recent: deque[FoldedLine] = deque(maxlen=_MOST_HELD)
+        self.recent: deque[FoldedLine] = deque(maxlen=MOST_HELD)
         self.file: Path | None = None
         self._make_file = make_file
         self._lock = threading.Lock()
@@ -48,17 +48,17 @@ class Stream:
         with self._lock:
             self._pieces.append((rank, name, text))
 
-    def advance(self) -> list[FoldedLine]:
-        """Lines that were settled since the last call, equal ones of several ranks as one."""
+    def advance(self, *, most: int | None = None) -> list[FoldedLine]:
+        """Lines that were settled since the last call, equal ones of several ranks as one; of each rank the newest `most`."""
         with self._lock:
             pieces, self._pieces = self._pieces, []
         lines = [(rank, line) for rank, name, text in _joined(pieces) for line in self._screen(rank, name).feed(text)]
-        return self._add(lines)
+        return self._add(lines, most)
 
-    def finish(self) -> list[FoldedLine]:
+    def finish(self, *, most: int | None = None) -> list[FoldedLine]:
         """The last lines: also those without an end."""
-        folded = self.advance()
-        return folded + self._add([(rank, row) for rank, rows in self.open_rows().items() for row in rows])
+        folded = self.advance(most=most)
+        return folded + self._add([(rank, row) for rank, rows in self.open_rows().items() for row in rows], most)
 
     def open_rows(self) -> dict[int, list[str]]:
         """Rows that may still change, such as progress bars, of each rank that has any."""
@@ -70,19 +70,18 @@ class Stream:
     def _screen(self, rank: int, name: str) -> Screen:
         return self._screens.setdefault((rank, name), Screen())
 
-    def _add(self, lines: Sequence[tuple[int, str]]) -> list[FoldedLine]:
+    def _add(self, lines: Sequence[tuple[int, str]], most: int | None) -> list[FoldedLine]:
         self.num_lines += len(lines)
         by_rank: dict[int, list[str]] = {}
         for rank, line in lines:
             by_rank.setdefault(rank, []).append(line)
-        folded = fold_lines(by_rank)
-        is_flood = len(self.recent) + len(folded) > _MOST_HELD
+        folded = fold_lines({rank: mine[-most:] if most else mine for rank, mine in by_rank.items()})
         self.recent.extend(folded)
         if self._writer is not None:
             self._write(lines)
         else:
             self._lines += lines
-            if is_flood:
+            if self.num_lines > sum(len(one.ranks) for one in self.recent):  # some are out of sight
                 self.keep()
         return folded
 

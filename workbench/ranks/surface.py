@@ -15,10 +15,10 @@ import sys
 from typing import Any, Protocol
 
 from workbench.plan.selector import name_ranks
-from workbench.ranks.page import page_of_stream
+from workbench.ranks.page import IN_RESULT, page_of_stream
 from workbench.ranks.progress import is_notebook
 from workbench.ranks.result import CellResult, text_of_lines, text_of_values
-from workbench.ranks.stream import Stream
+from workbench.ranks.stream import MOST_HELD, Stream
 
 __all__ = ["TICK_S", "Panel", "Plain", "Surface", "Terminal", "surface_here"]
 
@@ -109,7 +109,7 @@ class Panel:
         self._seen: Any = None
 
     def update(self, stream: Stream, status: str) -> None:
-        folded = stream.advance()
+        folded = stream.advance(most=MOST_HELD)
         bars = stream.open_rows()
         seen = (stream.num_lines, bars, status)
         if not folded and seen == self._seen:
@@ -117,11 +117,11 @@ class Panel:
         self._seen = seen
         num_dropped = stream.num_lines - sum(len(one.ranks) for one in stream.recent)
         page = page_of_stream(stream.recent, bars, num_dropped=num_dropped, older=str(stream.file or ""), status=status)
-        self._show(page, "\n".join([*text_of_lines([*stream.recent]), status]))
+        self._show(page, "\n".join([*text_of_lines([*stream.recent], is_cut=True), status]))
 
     def finish(self, stream: Stream, result: CellResult) -> None:
-        stream.finish()
-        older = str(stream.keep()) if result.is_flood else ""
+        stream.finish(most=1)
+        older = str(stream.keep()) if result.is_cut else IN_RESULT
         stream.close()
         page, text = result.page(older), result.text(older)
         if self.foot:
