@@ -162,7 +162,8 @@ def test_other_runs_and_steps_are_refused(run, step, text):
 
 
 def test_a_saved_notebook_shows_the_strip_and_words():
-    data, _ = wb.view.trace_collective(make_trace("gather", 4))._repr_mimebundle_()
+    data, metadata = wb.view.trace_collective(make_trace("gather", 4))._repr_mimebundle_()
+    assert 300 < metadata["image/png"]["width"] < 1300
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and "application/vnd.jupyter.widget-view+json" in data
     assert data["text/plain"] == "gather on 4 ranks: 3 steps, 3 messages, 24 bytes; equal to torch's"
 

@@ -6,6 +6,7 @@ import base64
 import itertools
 import random
 import re
+import struct
 from typing import Any
 
 import pytest
@@ -169,7 +170,8 @@ class ClusterOfTwo:
 
 
 def test_a_saved_notebook_shows_a_picture_and_words():
-    data, _ = layout_explorer(wb.Layout(8, tp=2))._repr_mimebundle_()
+    data, metadata = layout_explorer(wb.Layout(8, tp=2))._repr_mimebundle_()
+    assert metadata["image/png"]["width"] == pytest.approx(struct.unpack(">I", base64.b64decode(data["image/png"])[16:20])[0] / 1.44, abs=1)
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert "application/vnd.jupyter.widget-view+json" in data and data["text/plain"].startswith("8 ranks: 4 tp groups of 2")
 

@@ -99,6 +99,7 @@ def test_a_long_run_becomes_a_message_of_bounded_size():
     "run, text", [(make_run(num_ranks=2), "while the engine sleeps"), (Run(batches={}), "no memory samples to show")], ids=["run", "empty"]
 )
 def test_it_has_a_static_picture(run, text):
-    data, _ = memory_explorer(run)._repr_mimebundle_()
+    data, metadata = memory_explorer(run)._repr_mimebundle_()
+    assert metadata["image/png"]["width"] == 640
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and text in data["text/plain"]
     assert "application/vnd.jupyter.widget-view+json" in data

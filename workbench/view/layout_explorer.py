@@ -7,7 +7,6 @@ only when the layout is handed to the cluster.
 from __future__ import annotations
 
 import os
-from base64 import b64encode
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -21,7 +20,7 @@ from workbench.plan.partition import PARTITION_VARIABLE
 from workbench.view.layout import NUM_COLORS, check_axis, plot_layout
 from workbench.view.layout_spec import LayoutSpec, code_of, layout_of, spec_of
 from workbench.view.moving import read_scripts
-from workbench.view.style import alt_text, figure_png, rank_color
+from workbench.view.style import alt_text, figure_png, rank_color, static_face
 
 __all__ = ["LayoutExplorer", "layout_explorer"]
 
@@ -129,7 +128,8 @@ class LayoutExplorer(AnyWidget):  # type: ignore[misc]  # anywidget has no types
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         ax = plot_layout(self.layout_shown, color_by=self.color_by)
         assert isinstance(ax.figure, Figure)
-        return {**data, "image/png": b64encode(figure_png(ax.figure)).decode("ascii"), "text/plain": alt_text(ax)}, metadata
+        face, sizes = static_face(figure_png(ax.figure), alt_text(ax))
+        return data | face, metadata | sizes
 
 
 def layout_explorer(layout: Layout, cluster: UsesLayouts | None = None, *, color_by: str = "", num_layers: int = 32) -> LayoutExplorer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from base64 import b64encode
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from workbench.view.memory import asleep_stretches, device_total, memory_layers,
 from workbench.view.moving import read_scripts
 from workbench.view.report import sleep_words
 from workbench.view.stacked import stacked_axes
-from workbench.view.style import PROCESS_COLORS, SPAN_STYLES, alt_text, figure_png, rank_blocks
+from workbench.view.style import PROCESS_COLORS, SPAN_STYLES, alt_text, figure_png, rank_blocks, static_face
 from workbench.view.timeline import plot_timeline
 
 if TYPE_CHECKING:
@@ -51,8 +50,8 @@ class MemoryExplorer(AnyWidget):  # type: ignore[misc]  # anywidget has no types
         figure, (above, below) = stacked_axes([3.2, 2.8])
         plot_memory(self._run, above)
         plot_timeline(self._run, below)
-        face = {"image/png": b64encode(figure_png(figure)).decode("ascii"), "text/plain": f"{alt_text(above)}\n{alt_text(below)}"}
-        return {**data, **face}, metadata
+        face, sizes = static_face(figure_png(figure), f"{alt_text(above)}\n{alt_text(below)}")
+        return data | face, metadata | sizes
 
 
 def memory_explorer(run: Run) -> MemoryExplorer:

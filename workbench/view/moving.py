@@ -10,11 +10,9 @@ Nothing here waits for the page: what it sends reaches a kernel only between cel
 from __future__ import annotations
 
 import asyncio
-import struct
 import threading
 import time
 import uuid
-from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import traitlets
 from anywidget import AnyWidget
 from IPython.display import display, update_display
 
-from workbench.view.style import DPI
+from workbench.view.style import static_face
 
 __all__ = ["MovingWidget", "read_scripts"]
 
@@ -147,7 +145,7 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
     def _leave_picture(self) -> None:
         """The picture in place of the widget: pages made of a saved notebook would look for the widget first, and find nothing."""
         if self._display_id:
-            data, metadata = self._face()
+            data, metadata = static_face(*self.picture())
             update_display(data, metadata=metadata, raw=True, display_id=self._display_id)
 
     def _widget_bundle(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -156,14 +154,8 @@ class MovingWidget(AnyWidget):  # type: ignore[misc]  # anywidget has no types h
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         data, metadata = self._widget_bundle(**options)
-        face, sizes = self._face()
+        face, sizes = static_face(*self.picture())
         return data | face, metadata | sizes
-
-    def _face(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        png, words = self.picture()
-        width, height = struct.unpack(">II", png[16:24])  # of a PNG's first chunk
-        size = {"width": width * 100 // DPI, "height": height * 100 // DPI}
-        return {"image/png": b64encode(png).decode("ascii"), "text/plain": words}, {"image/png": size}
 
 
 class _Pulse:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import struct
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ __all__ = [
     "rank_color",
     "set_finding",
     "show_empty",
+    "static_face",
 ]
 
 FULL_SIZE = (6.4, 3.6)  # inches
@@ -249,6 +251,13 @@ def figure_png(figure: Figure, *, dpi: int = DPI) -> bytes:
     picture = Image.frombuffer("RGBA", size, raw.getvalue()).convert("RGB")
     picture.quantize(128, dither=Image.Dither.NONE).save(packed, "PNG")
     return packed.getvalue()
+
+
+def static_face(png: bytes, words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Data and metadata of what stands for a widget where it cannot live: its picture at 100 points an inch, and the same in words."""
+    width, height = struct.unpack(">II", png[16:24])  # of a PNG's first chunk
+    size = {"width": round(width * 100 / DPI), "height": round(height * 100 / DPI)}
+    return {"image/png": base64.b64encode(png).decode("ascii"), "text/plain": words}, {"image/png": size}
 
 
 def img_tag(ax: Axes, *, dpi: int = DPI) -> str:

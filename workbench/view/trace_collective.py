@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from workbench.records import CollectiveTrace
 from workbench.view.collective import CELL_STYLES, finding, plot_collective
 from workbench.view.rollout_trace import rollout_trace
-from workbench.view.style import alt_text, figure_png
+from workbench.view.style import alt_text, figure_png, static_face
 
 if TYPE_CHECKING:
     from workbench.run import Run
@@ -63,7 +62,8 @@ class CollectiveExplorer(AnyWidget):  # type: ignore[misc]  # anywidget has no t
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
         ax = plot_collective(self.trace)
         assert isinstance(ax.figure, Figure)
-        return {**data, "image/png": b64encode(figure_png(ax.figure)).decode("ascii"), "text/plain": alt_text(ax)}, metadata
+        face, sizes = static_face(figure_png(ax.figure), alt_text(ax))
+        return data | face, metadata | sizes
 
 
 def trace_collective(
