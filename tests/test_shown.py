@@ -125,6 +125,14 @@ def test_a_flood_shows_its_end_and_says_where_the_rest_is(cluster):
     assert text.endswith("\n[rank 2] 2 line 4999") and len(text.splitlines()) == 1_000 and len(str(result).splitlines()) == 15_000
 
 
+def test_a_flood_of_wide_lines_shows_fewer_of_them(cluster):
+    result = cluster.execute("for i in range(1_000): print(f'{rank} line {i} ' + 'x' * 1_900)")
+    page, text = result._repr_html_(), repr(result)
+    told = "2,844 older lines of ranks 0-2: in the stdout and stderr of this result"
+    assert told in page and text.startswith(f"{told}\n[rank 0] 0 line 948 xxx") and text.count("2 line 999 xxx") == 1
+    assert len(page) < 700_000 and len(text) < 320_000
+
+
 def test_errors_stand_apart_and_bars_stand_as_they_ended(cluster):
     result = cluster.execute("import sys\nfor i in range(3): print(f'\\r{i} of 3', end='', file=sys.stderr)\nprint('out')")
     assert str(result) == "[ranks 0-2] out\n[ranks 0-2] 2 of 3"

@@ -15,7 +15,7 @@ from workbench.plan.folding import FoldedLine, FoldedValue, fold_lines
 from workbench.plan.selector import name_ranks
 from workbench.records import Shown
 
-__all__ = ["IN_RESULT", "cut_line", "left_out", "page_of_lines", "page_of_ranks", "page_of_stream", "page_of_values"]
+__all__ = ["IN_RESULT", "LONGEST_LINE", "cut_line", "left_out", "page_of_lines", "page_of_ranks", "page_of_stream", "page_of_values"]
 
 IN_RESULT = "in the stdout and stderr of this result"
 LONGEST_LINE = 2_000  # characters

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from workbench.plan.folding import FoldedLine, FoldedValue, fold_lines, fold_values
 from workbench.plan.selector import name_ranks
-from workbench.ranks.page import IN_RESULT, cut_line, left_out, page_of_lines, page_of_ranks, page_of_values
+from workbench.ranks.page import IN_RESULT, LONGEST_LINE, cut_line, left_out, page_of_lines, page_of_ranks, page_of_values
 from workbench.ranks.screen import settled_lines
 from workbench.records import Shown
 
 __all__ = ["CellResult", "RankOutput", "text_of_lines", "text_of_values"]
 
 MOST_LINES = 1_000  # of all ranks together on a page
+MOST_CHARACTERS = 300_000
+_FEWEST_LINES = 10  # of a rank
 _STREAMS = ("stdout", "stderr")
 
 
@@ -91,9 +93,12 @@ class CellResult(Mapping[int, RankOutput]):
         return any(left_out(self.lines(stream), self._most_lines(), "") for stream in _STREAMS)
 
     def _most_lines(self) -> int:
-        """Of each rank and stream on a page."""
-        is_flood = sum(len(lines) for stream in _STREAMS for lines in self.lines(stream).values()) > MOST_LINES
-        return max(10, MOST_LINES // len(self._outputs)) if is_flood else MOST_LINES
+        """Of each rank and stream on a page, so that it stays small enough to be drawn at once."""
+        written = [lines for stream in _STREAMS for lines in self.lines(stream).values()]
+        most = MOST_LINES if sum(map(len, written)) <= MOST_LINES else max(_FEWEST_LINES, MOST_LINES // len(self._outputs))
+        newest = [lines[-most:] for lines in written]
+        size = sum(min(len(line), LONGEST_LINE) for lines in newest for line in lines)
+        return most if size <= MOST_CHARACTERS else max(_FEWEST_LINES, max(map(len, newest)) * MOST_CHARACTERS // size)
 
     def __str__(self) -> str:
         """All of it in lines with the names of ranks."""
