@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import time
@@ -56,6 +57,27 @@ def test_a_long_cell_streams_and_the_stop_button_frees_it(lab: Lab, open_noteboo
     assert re.search(r"\[ranks 0-1\] \(True, 2\)", notebook.text(2))
 
 
+def test_a_flood_of_lines_neither_freezes_the_page_nor_swells_the_notebook(lab: Lab, open_notebook: Open) -> None:
+    flood = "for i in range(25_000): print(rank, 'line', i, 'of a flood')"
+    cells = ["%load_ext workbench\n%launch 4", f"%%ranks\n{flood}", f'cluster.execute("{flood}")', "cluster.close()"]
+    notebook = open_notebook(lab.write("flood.ipynb", cells))
+    notebook.run(0)
+    notebook.page.evaluate(WATCH_TASKS)
+    for index in (1, 2):
+        notebook.run(index)
+        expect(notebook.cell(index)).to_contain_text("99,000 older lines of ranks 0-3: ")
+        expect(notebook.cell(index)).to_contain_text("3 line 24999 of a flood")
+        assert len(json.dumps(notebook.outputs(index))) < 250_000
+    longest_ms = notebook.page.evaluate("() => Math.max(...window.wbTasks)")
+    print(f"\n100,000 lines, twice: the page's longest task took {longest_ms:.0f} ms")
+    assert longest_ms < 1000
+    notebook.run(3)
+
+
+WATCH_TASKS = """() => {
+    window.wbTasks = [0];
+    new PerformanceObserver((list) => window.wbTasks.push(...list.getEntries().map((task) => task.duration))).observe({ type: "longtask" });
+}"""
 COUNT_MOVES = """(panel) => {
     window.wbMoves = [];
     new MutationObserver(() => window.wbMoves.push(performance.now())).observe(panel, { attributes: true, attributeFilter: ["data-t"] });
