@@ -14,12 +14,12 @@ import os
 import pickle
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ from workbench.ranks import tape
 from workbench.ranks.cell import run_source
 from workbench.ranks.channel import Packed, unpack
 from workbench.ranks.current import Current, set_current
+from workbench.ranks.difference import difference, differing_elements, is_same, short
 from workbench.ranks.digest import digest_of
 from workbench.ranks.forming import use_layout
 from workbench.ranks.intercept import Freed, dropped
@@ -40,11 +41,13 @@ from workbench.ranks.shown import text_of
 from workbench.ranks.snapshot import changed_files, restore_names
 from workbench.ranks.steady import steady_pickles
 from workbench.ranks.tape import CellEnd, CellStart, Collective, Outside, TapeReader, TapeStart
-from workbench.ranks.wire import signing_with
+from workbench.ranks.wire import signing_with, unseal
 
 __all__ = ["Replayed", "replay"]
 
-_LONGEST_TOLD = 200  # characters of a value in a divergence
+_WHY = "the code, its inputs or its random numbers are not those of the recording"
+
+C = TypeVar("C", Collective, Outside)
 
 _TEST = '''"""Rank {rank} run again from its tape; every collective must be given what it was given when it was recorded."""
 
@@ -65,6 +68,7 @@ class Replayed:
         result: what the last recorded `cluster.run` returned on this rank, None where only cells were recorded.
         result_texts: repr of each recorded cell's last expression.
         collectives: what the rank took part in, in order.
+        outsides: its calls out of the world, in order: what engines and stateless groups brought.
         names: the rank's names afterwards.
         is_cut_short: the tape ends inside a cell (its rank was killed, or the tape was full); the replay ran as far as it goes.
         freed_from: the call in which the rank waited when its last cell was stopped, "" where it was not.
@@ -79,6 +83,7 @@ class Replayed:
     is_cut_short: bool
     freed_from: str = ""
     differing_results: tuple[str, ...] = ()
+    outsides: tuple[Outside, ...] = ()
 
 
 class _EndOfTape(BaseException):
@@ -112,12 +117,18 @@ def replay(folder: str | os.PathLike[str], *, rank: int, strict: bool = True) ->
         rank=rank,
         result=player.result,
         result_texts=tuple(player.result_texts),
-        collectives=tuple(sorted((r for r in reader.records if isinstance(r, Collective)), key=lambda c: c.index)),
+        collectives=_in_order(reader.records, Collective),
+        outsides=_in_order(reader.records, Outside),
         names={k: v for k, v in vars(module).items() if not k.startswith("__")},
         is_cut_short=reader.is_cut_short or player.is_cut_short,
         freed_from=player.freed_from,
         differing_results=tuple(player.differing_results),
     )
+
+
+def _in_order(records: Iterable[Any], kind: type[C]) -> tuple[C, ...]:
+    """Calls by when they were begun; they are written when they have ended."""
+    return tuple(sorted((record for record in records if isinstance(record, kind)), key=lambda call: call.index))
 
 
 def _check_environment(start: TapeStart, records: Sequence[Any]) -> None:
@@ -239,7 +250,8 @@ def _cells(records: list[Any]) -> list[_Cell]:
         elif isinstance(record, CellEnd):
             cells[record.cell].end = record
     for cell in cells.values():
-        cell.collectives = deque(sorted(cell.collectives, key=lambda c: c.index))
+        cell.collectives = deque(_in_order(cell.collectives, Collective))
+        cell.outsides = deque(_in_order(cell.outsides, Outside))
     return list(cells.values())
 
 
@@ -252,6 +264,8 @@ class _Player:
         self._unkept = unkept
         self._num_collectives = 0
         self._is_on_tape = True
+        self._raised: BaseException | None = None  # what the tape had a call raise last
+        self._divergence: ReplayError | None = None
         self.result: Any = None
         self.result_texts: list[str] = []
         self.is_cut_short = any(cell.end is None for cell in self._cells)
@@ -286,17 +300,30 @@ class _Player:
             except _EndOfTape:
                 return
             except BaseException as error:
+                self._tell_divergence()
                 self._check_failure(cell, error)
                 if cell is self._cells[-1] and not isinstance(error, Freed):
                     raise
             else:
+                self._tell_divergence()
                 self._check_end(cell, text, value)
+
+    def _diverge(self, how: str) -> NoReturn:
+        self._divergence = self._divergence or ReplayError(f"the replay diverged {how}\n{_WHY}")
+        raise self._divergence
+
+    def _tell_divergence(self) -> None:
+        """The first one ends the replay, also where the cell's own code caught it."""
+        if self._divergence is not None:
+            raise self._divergence
 
     def _check_failure(self, cell: _Cell, error: BaseException) -> None:
         """A cell raised: it must have done so when it was recorded."""
         end = cell.end
-        if isinstance(error, ReplayError) or end is None or isinstance(error, Freed):
+        if end is None or isinstance(error, Freed):
             return
+        if error is self._raised and end.outcome == Outcome.FREED:
+            return  # the stop of the others came first
         told = f"{type(error).__name__}: {error}"
         name = getattr(error, "name", None) or ""
         if isinstance(error, (NameError, AttributeError)) and name in self._unkept:
@@ -322,7 +349,7 @@ class _Player:
         if cell.end.digest and now != cell.end.digest:  # told, not raised: a result may be a time of day
             then = cell.end.result_text or "another value"
             self.differing_results.append(
-                f"cell {number}: {text or _short(value)} (hash {now or 'none'}), on the tape {then} (hash {cell.end.digest})"
+                f"cell {number}: {text or short(value)} (hash {now or 'none'}), on the tape {then} (hash {cell.end.digest})"
             )
 
     def _perform(self, start: CellStart, module: ModuleType) -> tuple[str, Any]:
@@ -342,15 +369,28 @@ class _Player:
         self.result = function(*args, **kwargs)
         return "", self.result
 
-    def outside(self, label: str) -> Any:
-        """What a call out of the rank brought."""
+    def outside(self, label: str, given: bytes) -> Any:
+        """What a call out of the rank brought, or raised."""
         assert self._now is not None
         if not self._now.outsides:
-            self._stop_or_diverge(label)
+            self._stop_or_diverge(label, label)
         record = self._now.outsides.popleft()
         if record.label != label:
-            raise ReplayError(f"the replay diverged in cell {record.cell}: it asks for {label}, where the tape has {record.label}")
-        return pickle.loads(record.data)
+            self._diverge(f"in {_place(record)}: it asks for {label}, where the tape has {record.label}")
+        self._compare_given(record, given)
+        brought = pickle.loads(record.data)
+        if record.is_error:
+            self._raised = brought
+            raise brought
+        return brought
+
+    def _compare_given(self, record: Outside, given: bytes) -> None:
+        """The object that the rank gives must be the one that it gave: as a pickle, or, as the order of a set is no content, by content."""
+        if given == record.given:
+            return
+        now, then = (unseal(torch.frombuffer(bytearray(data), dtype=torch.uint8)) for data in (given, record.given))
+        if not is_same(now, then):
+            self._diverge(f"at {record.label} ({_place(record)}): {difference(now, then)}")
 
     def _collective(self, name: str, operation: Operation, keyset: Any, *args: Any) -> Any:
         assert self._now is not None
@@ -362,11 +402,7 @@ class _Player:
             self._stop_or_diverge(text, operation.name)
         record = self._now.collectives.popleft()
         if record.text != text:
-            place = f"cell {record.cell}, line {record.line}" if record.line else f"cell {record.cell}"
-            raise ReplayError(
-                f"the replay diverged at collective {self._num_collectives} ({place}): it calls {text}, where the tape has {record.text}\n"
-                "the code, its inputs or its random numbers are not those of the recording"
-            )
+            self._diverge(f"at collective {self._num_collectives} ({_place(record)}): it calls {text}, where the tape has {record.text}")
         self._compare_inputs(record, inputs_of(operation, args))
         with torch.no_grad():
             for tensor, output in zip(tensors_in(args[0]), record.outputs, strict=True):
@@ -376,16 +412,9 @@ class _Player:
     def _compare_inputs(self, record: Collective, given: list[torch.Tensor]) -> None:
         """What the rank gives must be what it gave, bit for bit."""
         for number, (now, then) in enumerate(zip(given, record.inputs, strict=True)):
-            differs = _bits(now.detach().cpu()) != _bits(then)
-            if not differs.any():
-                continue
-            first = int(differs.reshape(now.numel(), -1).any(dim=1).nonzero()[0])
-            raise ReplayError(
-                f"the replay diverged at collective {self._num_collectives}, {record.text} (cell {record.cell}, line {record.line}): "
-                f"element {first} of tensor {number} is {now.reshape(-1)[first].item()!r}, on the tape {then.reshape(-1)[first].item()!r}\n"
-                f"{int(differs.reshape(now.numel(), -1).any(dim=1).sum())} of {now.numel()} elements differ\n"
-                "the code, its inputs or its random numbers are not those of the recording"
-            )
+            if differing_elements(now, then) is not None:
+                what = difference(now, then, f"tensor {number}")
+                self._diverge(f"at collective {self._num_collectives}, {record.text} ({_place(record)}): {what}")
 
     def _stop_or_diverge(self, asked: str, op: str = "") -> NoReturn:
         """The cell asks for more than its tape holds."""
@@ -398,9 +427,7 @@ class _Player:
                 self.freed_from = asked if self._now is self._cells[-1] else ""
                 raise Freed(f"freed from {asked}: the cell was stopped when it was recorded")
             raise _as_recorded(end.error)
-        raise ReplayError(
-            f"the replay diverged in cell {self._now.start.cell}: it asks for {asked}, where the tape has the end of the cell"
-        )
+        self._diverge(f"in cell {self._now.start.cell}: it asks for {asked}, where the tape has the end of the cell")
 
 
 def _as_recorded(told: str) -> Exception:
@@ -410,14 +437,8 @@ def _as_recorded(told: str) -> Exception:
     return found(message) if isinstance(found, type) and issubclass(found, Exception) else RuntimeError(told)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _LONGEST_TOLD else f"{text[:_LONGEST_TOLD]}..."
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor, so that NaN equals itself and -0.0 does not equal 0.0."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+def _place(record: Collective | Outside) -> str:
+    return f"cell {record.cell}, line {record.line}" if record.line else f"cell {record.cell}"
 
 
 def _full_text(operation: Operation, args: tuple[Any, ...]) -> str:
@@ -449,14 +470,14 @@ def main(argv: Sequence[str]) -> int:
         print(f"{arguments.pytest} replays rank {arguments.rank} of {folder}")
         return 0
     replayed = replay(folder, rank=arguments.rank)
-    for number, call in enumerate(replayed.collectives, start=1):
-        print(f"{number:5d}  cell {call.cell}, line {call.line}: {call.text}")
-    ended = (
-        "the tape ends there: its rank was killed" if replayed.is_cut_short else "every collective gave and was given what the tape says"
-    )
+    calls: list[Collective | Outside] = [*replayed.collectives, *replayed.outsides]
+    for number, call in enumerate(sorted(calls, key=lambda call: call.index), start=1):
+        print(f"{number:5d}  {_place(call)}: {call.text if isinstance(call, Collective) else call.label}")
+    ended = "the tape ends there: its rank was killed" if replayed.is_cut_short else "every call gave and was given what the tape says"
     if replayed.freed_from:
         ended = f"it waited in {replayed.freed_from} when its cell was stopped"
     for told in replayed.differing_results:
         print(f"a result differs in {told}")
-    print(f"rank {arguments.rank}: {len(replayed.collectives)} collectives replayed; {ended}")
+    outsides = f" and {len(replayed.outsides)} calls out of the world" if replayed.outsides else ""
+    print(f"rank {arguments.rank}: {len(replayed.collectives)} collectives{outsides} replayed; {ended}")
     return 0

@@ -52,6 +52,9 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no
     def reducer_override(self, obj: Any) -> Any:
         if type(obj).__name__ == "DistributedDataParallel":  # torch pickles it, but what comes back sends its gradients in another order
             raise pickle.PicklingError("a DDP model holds connections and an order of gradients that it has learned: wrap the model again")
+        reduced = getattr(type(obj), "__snapshot__", None)
+        if reduced is not None:  # the class says how it is held here, in the form of `__reduce__`
+            return reduced(obj)
         return super().reducer_override(obj)
 
     def persistent_id(self, obj: Any) -> str | None:

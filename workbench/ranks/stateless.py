@@ -4,17 +4,20 @@
     broadcast_obj  key  broadcast/<src>/<n>         the n-th of src; each reader counts for itself
     barrier        key  barrier/<n>/<rank>          the n-th barrier; a rank writes its own and reads the others'
 
-All is kept in a store that rank 0 serves on one socket. Objects travel sealed, see `wire`. Source: vLLM's `StatelessProcessGroup`
+All is kept in a store that rank 0 serves on one socket. Objects travel sealed, see `wire`. What goes to the store and comes from it passes
+`_through`, and so a tape, where the rank has one: a replay opens no store. Source: vLLM's `StatelessProcessGroup`
 (`vllm/distributed/utils.py`, 0.32.0), whose keys lack the sender and whose barrier outlives its limit.
 """
 
 from __future__ import annotations
 
+import copyreg
 import socket
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,16 +26,22 @@ from torch import Tensor
 from workbench.errors import GroupError
 from workbench.ranks import arguments
 from workbench.ranks.store_waits import StoreWait, announce_place
+from workbench.ranks.tape import is_playing, through_tape
 from workbench.ranks.wire import seal, unseal
 
 __all__ = ["StatelessGroup", "free_port", "serve_or_join"]
 
 _SHORTEST_NAP_S, _LONGEST_NAP_S = 0.0002, 0.01
 _EXPIRED = b"expired"
+T = TypeVar("T")
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that was free a moment ago. Another process may take it: where it matters pass port 0 to rank 0 and tell the others."""
+    return through_tape("free_port()", lambda: _free_port(host))
+
+
+def _free_port(host: str) -> int:
     with socket.socket() as listener:
         listener.bind((host, 0))
         return int(listener.getsockname()[1])
@@ -51,13 +60,14 @@ class StatelessGroup:
 
     _serving: list[dist.TCPStore] = []  # held for good: a server that is collected leaves its clients without their messages  # noqa: RUF012
 
-    def __init__(self, store: dist.TCPStore, *, rank: int, world_size: int, data_expiration_s: float, store_timeout_s: float) -> None:
+    def __init__(self, host: str, port: int, *, rank: int, world_size: int, data_expiration_s: float, store_timeout_s: float) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.host, self.port = store.host, store.port
+        self.host, self.port = host, port
         self.data_expiration_s = data_expiration_s
         self.store_timeout_s = store_timeout_s
-        self._store: dist.TCPStore | None = store
+        self._store: dist.TCPStore | None = None  # also in a replay
+        self._has_left = False
         self._counts: Counter[str] = Counter()
         self._sent: deque[tuple[float, str]] = deque()
 
@@ -87,17 +97,16 @@ class StatelessGroup:
         arguments.member("rank", rank, world_size)
         if rank and not port:
             raise ValueError(f"rank {rank} got port 0: only rank 0 lets the system choose; pass on the port of its group")
-        store = serve_or_join(host, port, rank, timeout_s=store_timeout_s, listen_socket=listen_socket)
-        if rank == 0:
-            cls._serving.append(store)
-        made = cls(store, rank=rank, world_size=world_size, data_expiration_s=data_expiration_s, store_timeout_s=store_timeout_s)
-        announce_place(made.port, rank, f"stateless group on port {made.port}")
+        made = cls(host, port, rank=rank, world_size=world_size, data_expiration_s=data_expiration_s, store_timeout_s=store_timeout_s)
+        made.port = through_tape(f"StatelessGroup.create(rank={rank}, world_size={world_size})", lambda: made._join(listen_socket))
+        if listen_socket is not None and is_playing():
+            listen_socket.close()  # taken over, and not needed
         return made
 
     def send_obj(self, obj: Any, dst: int) -> None:
         """Leave an object for rank `dst`; does not wait for it."""
         arguments.member("dst", dst, self.world_size)
-        self._put(f"send/{self.rank}/{dst}", obj)
+        self._put(f"send/{self.rank}/{dst}", obj, f"send_obj(dst={dst})")
 
     def recv_obj(self, src: int) -> Any:
         """The next object of rank `src` to this one.
@@ -106,20 +115,21 @@ class StatelessGroup:
             GroupError: none came within store_timeout_s, or it expired before it was read; then the next is reachable.
         """
         arguments.member("src", src, self.world_size)
-        return self._get(f"send/{src}/{self.rank}", src)
+        return self._get(f"send/{src}/{self.rank}", src, f"recv_obj(src={src})")
 
     def broadcast_obj(self, obj: Any | None, src: int) -> Any:
         """Rank `src`'s object on every rank; `src` does not wait for the others."""
         arguments.member("src", src, self.world_size)
         if self.rank != src:
-            return self._get(f"broadcast/{src}", src)
-        self._put(f"broadcast/{src}", obj)
+            return self._get(f"broadcast/{src}", src, f"broadcast_obj(src={src})")
+        self._put(f"broadcast/{src}", obj, f"broadcast_obj(src={src})")
         return obj
 
     def all_gather_obj(self, obj: Any) -> list[Any]:
         """Every rank's object, in rank order."""
-        self._put(f"broadcast/{self.rank}", obj)
-        return [obj if src == self.rank else self._get(f"broadcast/{src}", src) for src in range(self.world_size)]
+        self._put(f"broadcast/{self.rank}", obj, "all_gather_obj()")
+        others = {src: f"all_gather_obj() from rank {src}" for src in range(self.world_size) if src != self.rank}
+        return [self._get(f"broadcast/{src}", src, others[src]) if src in others else obj for src in range(self.world_size)]
 
     def send(self, tensor: Tensor, dst: int) -> None:
         """`send_obj` of a tensor."""
@@ -157,6 +167,9 @@ class StatelessGroup:
         Raises:
             GroupError: after timeout_s, naming the ranks that did not arrive; they may still arrive at this barrier, and so may this rank.
         """
+        self._through("barrier()", lambda: self._meet(timeout_s))
+
+    def _meet(self, timeout_s: float) -> None:
         number = self._counts["barrier"]
         store = self._live()
         _set(store, f"barrier/{number}/{self.rank}", b"1")
@@ -181,9 +194,13 @@ class StatelessGroup:
         Raises:
             GroupError: after timeout_s some have not left; rank 0 serves on.
         """
-        if self._store is None:
-            return
-        _set(self._store, f"left/{self.rank}", b"1")
+        if not self._has_left:
+            self._through("destroy()", lambda: self._leave(timeout_s))
+            self._has_left = True
+
+    def _leave(self, timeout_s: float) -> None:
+        store = self._live()
+        _set(store, f"left/{self.rank}", b"1")
         if self.rank == 0:
             missing = self._wait_for([f"left/{rank}" for rank in range(self.world_size)], timeout_s, self._shown("destroy", 0))
             if missing:
@@ -191,20 +208,48 @@ class StatelessGroup:
                     f"destroy on rank 0 waited {timeout_s:g} s for ranks {missing} to leave the group\n"
                     f"they have not called destroy; the store on port {self.port} is still served\ncall destroy on every rank"
                 )
-            self._serving.remove(self._store)
+            self._serving.remove(store)
         self._store = None
+        self._sent.clear()
 
     def __repr__(self) -> str:
         return f"StatelessGroup(rank {self.rank} of {self.world_size}, {self.host}:{self.port})"
 
-    def _put(self, channel: str, obj: Any) -> None:
+    def __snapshot__(self) -> tuple[Any, ...]:
+        """How the names of a rank hold it for a replay: without its store."""
+        return copyreg.__newobj__, (type(self),), vars(self) | {"_store": None, "_sent": deque()}  # type: ignore[attr-defined]
+
+    def _through(self, what: str, call: Callable[[], T], given: bytes = b"") -> T:
+        """Whatever has to do with the store: the one place where a tape listens, and answers in a replay."""
+        if self._has_left:
+            raise GroupError(f"rank {self.rank} has left this group (port {self.port})\nmake another one with StatelessGroup.create")
+        return through_tape(f"{what} of {self}", call, given)
+
+    def _join(self, listen_socket: socket.socket | None) -> int:
+        """Serve the store or reach it: its port."""
+        store = serve_or_join(self.host, self.port, self.rank, timeout_s=self.store_timeout_s, listen_socket=listen_socket)
+        if self.rank == 0:
+            self._serving.append(store)
+        self._store = store
+        announce_place(store.port, self.rank, f"stateless group on port {store.port}")
+        return store.port
+
+    def _put(self, channel: str, obj: Any, what: str) -> None:
+        data = seal(obj).numpy().tobytes()
+        self._through(what, lambda: self._write(channel, data), data)
+
+    def _get(self, channel: str, src: int, what: str) -> Any:
+        data = self._through(what, lambda: self._read(channel, src))
+        return unseal(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+    def _write(self, channel: str, data: bytes) -> None:
         self.expire_data()
         key = f"{channel}/{self._counts[channel]}"
-        _set(self._live(), key, seal(obj).numpy().tobytes())
+        _set(self._live(), key, data)
         self._counts[channel] += 1
         self._sent.append((time.monotonic(), key))
 
-    def _get(self, channel: str, src: int) -> Any:
+    def _read(self, channel: str, src: int) -> bytes:
         """The next object of a channel that another rank, or this one, writes; own broadcasts are counted apart from own reads."""
         reads = f"read {channel}"
         key = f"{channel}/{self._counts[reads]}"
@@ -222,7 +267,7 @@ class StatelessGroup:
                 f"an object from rank {src} to rank {self.rank} expired before it was read\n"
                 f"it was sent more than data_expiration_s={self.data_expiration_s:g} s ago\nreceive again for the next one, or read sooner"
             )
-        return unseal(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        return data
 
     def _shown(self, op: str, number: int) -> StoreWait:
         return StoreWait(op, self.port, number + 1)
@@ -254,8 +299,7 @@ class StatelessGroup:
         return []
 
     def _live(self) -> dist.TCPStore:
-        if self._store is None:
-            raise GroupError(f"rank {self.rank} has left this group (port {self.port})\nmake another one with StatelessGroup.create")
+        assert self._store is not None
         return self._store
 
 

@@ -1,4 +1,4 @@
-"""A tape: what one rank was given from outside, in order: cells, seeds, what its collectives and engine calls brought.
+"""A tape: what one rank was given from outside, in order: cells, seeds, what its collectives, engines and stateless groups brought.
 
     start | cell | collective | collective | outside | cell's end | cell | ...        each a frame: length, checksum, pickle
 
@@ -25,6 +25,7 @@ import torch
 
 import workbench
 from workbench.errors import ReplayError
+from workbench.ranks.calls import user_frame
 from workbench.ranks.channel import Packed
 from workbench.ranks.messages import Outcome
 from workbench.ranks.operations import Operation, inputs_of
@@ -47,7 +48,7 @@ __all__ = [
 ]
 
 _FRAME = struct.Struct("<QI")
-_MAGIC = b"workbench tape 2\n"
+_MAGIC = b"workbench tape 3\n"
 T = TypeVar("T")
 
 
@@ -110,11 +111,21 @@ class Collective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outside:
-    """What a call out of the rank (an engine's completions) brought; `data` is its pickle."""
+    """A finished call out of the rank (an engine's completions, an object from a stateless group): what it brought, or raised.
+
+    Attributes:
+        index: its number among the rank's collectives and calls, by when it was begun.
+        data: pickle of what it brought, or of the exception where `is_error`.
+        given: the object that the rank gave, sealed; b"" where it gave none that is compared.
+    """
 
     cell: int
+    index: int
     label: str
+    line: int
     data: bytes
+    given: bytes = b""
+    is_error: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +136,7 @@ class CellEnd:
         outcome: an `Outcome`.
         digest: of its result; "" where that has no content to compare.
         error: "kind: message" of what it raised.
-        unfinished: the collective that it was in when it raised or was freed.
+        unfinished: the collective, or the call out of the rank, that it was in when it raised or was freed.
         files: checksums of the user's own modules that it imported.
     """
 
@@ -248,8 +259,26 @@ class TapeWriter:
             )
         )
 
-    def outside(self, label: str, value: Any) -> None:
-        self.write(Outside(cell=self._cell, label=label, data=cloudpickle.dumps(value)))
+    def outside(self, label: str, call: Callable[[], T], given: bytes) -> T:
+        """Make a call out of the rank, and keep what it brings or raises; the cell's end tells of one in which it was stopped."""
+        if not self._is_in_cell:
+            return call()
+        cell, index, frame = self._cell, self._num_calls, user_frame(1)[0]
+        self._num_calls += 1
+        self._unfinished = label
+
+        def keep(value: Any, *, is_error: bool = False) -> None:
+            self._unfinished = ""
+            line, data = frame.f_lineno if frame is not None else 0, cloudpickle.dumps(value)
+            self.write(Outside(cell=cell, index=index, label=label, line=line, data=data, given=given, is_error=is_error))
+
+        try:
+            value = call()
+        except Exception as error:
+            keep(error, is_error=True)
+            raise
+        keep(value)
+        return value
 
     def before(self, operation: Operation, args: tuple[Any, ...]) -> bool:
         """Keep what the rank is about to give: the call may write over it."""
@@ -326,7 +355,7 @@ class TapeReader:
 
 
 _writer: TapeWriter | None = None  # of this rank, while it records
-_player: Callable[[str], Any] | None = None  # of this process, while it replays
+_player: Callable[[str, bytes], Any] | None = None  # of this process, while it replays
 
 
 def set_writer(writer: TapeWriter | None) -> None:
@@ -338,7 +367,7 @@ def current_writer() -> TapeWriter | None:
     return _writer
 
 
-def set_player(player: Callable[[str], Any] | None) -> None:
+def set_player(player: Callable[[str, bytes], Any] | None) -> None:
     global _player
     _player = player
 
@@ -348,12 +377,14 @@ def is_playing() -> bool:
     return _player is not None
 
 
-def through_tape(label: str, call: Callable[[], T]) -> T:
-    """Make a call out of the rank: kept while it records, given from the tape while it is replayed."""
+def through_tape(label: str, call: Callable[[], T], given: bytes = b"") -> T:
+    """Make a call out of the rank: kept while it records, answered from the tape, and not made, while it is replayed.
+
+    Args:
+        label: what is called, and whom; a replay must ask for the same.
+        given: the object that the rank gives, sealed: a replay must give an equal one.
+    """
     if _player is not None:
-        given: T = _player(label)
-        return given
-    value = call()
-    if _writer is not None:
-        _writer.outside(label, value)
-    return value
+        brought: T = _player(label, given)
+        return brought
+    return call() if _writer is None else _writer.outside(label, call, given)
