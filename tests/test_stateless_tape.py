@@ -213,3 +213,49 @@ def test_the_death_of_the_rank_that_serves_is_on_the_tape_of_failures(monkeypatc
         except wb.GroupError as error:  # it saw that before it was freed
             told = str(error)
     assert "recv_obj(src=0)" in told or "lost the store" in told
+
+
+GLOO = """
+port = group.broadcast_object(wb.free_port() if rank == 0 else None, src=0)
+pg = wb.stateless_gloo("127.0.0.1", port, 1 - rank, 2, timeout_s=30)
+mine = 1 - rank
+x = torch.rand(3)
+dist.all_reduce(x, group=pg)
+work = dist.broadcast(y := torch.rand(2), src=1, group=pg, async_op=True)
+work.wait()
+pg.allreduce([z := torch.rand(2)]).wait()
+got, later = torch.empty(2), torch.empty(2)
+if mine:
+    dist.send(x[:2].clone(), dst=0, group=pg)
+    receive = dist.irecv(later, 0, group=pg)
+    receive.wait()
+else:
+    dist.recv(got, src=1, group=pg)
+    dist.isend(y, 1, group=pg).wait()
+rows = [None, None]
+dist.all_gather_object(rows, {"r": rank, "t": torch.rand(1)}, group=pg)
+dist.barrier(group=pg)
+dist.all_reduce(y)
+[x.tolist(), y.tolist(), z.tolist(), rows] + [(got if rank else later).tolist()]
+"""
+
+
+def test_a_stateless_gloo_group_is_replayed_without_peers(cluster, taped, no_sockets):
+    folder = taped(GLOO, "wb.destroy_stateless_gloo(pg)\ndel pg")
+    for rank in range(2):
+        again = wb.replay(folder, rank=rank)
+        assert not again.differing_results and not again.is_cut_short
+    assert [call.op for call in again.collectives if call.line][:6] == [
+        "all_gather_into_tensor", "all_reduce", "broadcast", "all_reduce", "recv", "send"
+    ]  # fmt: skip
+
+
+def test_what_is_given_to_a_stateless_gloo_group_is_compared(taped, tmp_path):
+    (tmp_path / "value.txt").write_text("1")
+    form = "port = group.broadcast_object(wb.free_port() if rank == 0 else None, src=0)\npg = wb.stateless_gloo('127.0.0.1', port, rank, 2)"
+    folder = taped(form, f"{reading(tmp_path)}\ndist.all_reduce(torch.ones(2) * int(v), group=pg)", "wb.destroy_stateless_gloo(pg)\ndel pg")
+    (tmp_path / "value.txt").write_text("2")
+    with pytest.raises(
+        wb.ReplayError, match=r"all_reduce.*line 2\): element 0 of tensor 0 is 2.0, on the tape 1.0\n2 of 2 elements differ"
+    ):
+        wb.replay(folder, rank=0)

@@ -44,7 +44,10 @@ from workbench.ranks.operations import (
     num_bytes,
     remember_reduce_ops,
     tensors_in,
+    with_peer,
 )
+from workbench.ranks.stateless_gloo import is_stateless_gloo
+from workbench.ranks.tape import current_writer
 
 __all__ = ["Freed", "Hook", "Interceptor", "dropped"]
 
@@ -58,6 +61,7 @@ _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 _ASK_ABOUT_GROUPS = ("get_backend", "get_group_rank", "get_global_rank", "get_process_group_ranks")  # torch asks too, before a collective
 _ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations is, to those who see calls of torch
+_UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
 _MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
 
 
@@ -138,7 +142,7 @@ class Interceptor:
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
         self._channels: dict[int, int] = {}  # key of a channel -> key of its group
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
-        self._told_later: dict[int, list[Callable[[], None]]] = {}  # id of a work -> whom to tell what it received
+        self._told_later: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # id of a work -> it, and whom to tell what it received
         self._internal = 0
         self._engine_connections: set[sockets.Connection] = set()
         self._local = threading.local()
@@ -315,9 +319,13 @@ class Interceptor:
 
     def _collective(self, name: str, operation: Operation, onward: Callable[..., Any], keyset: Any, *args: Any) -> Any:
         try:
-            group = self._groups.get(id(dist.ProcessGroup.unbox(args[operation.group_at])))
+            process_group = dist.ProcessGroup.unbox(args[operation.group_at])
+            group = self._groups.get(id(process_group))
             if group is None:
-                return onward(keyset & _BELOW, *args)
+                writer = current_writer()
+                if writer is None or not is_stateless_gloo(process_group):
+                    return onward(keyset & _BELOW, *args)
+                return self._only_tape(writer, operation, args, lambda: onward(keyset & _BELOW, *args))
             self._refuse_stale(group, operation.name)
             return self._watched(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
         finally:
@@ -400,7 +408,7 @@ class Interceptor:
                 work.wait()
                 arrived = arrived if self.is_checked else time.monotonic_ns()  # not told apart from the moving of data then
             if self.hooks:
-                self._tell_hooks(call, args, work, is_blocking=is_blocking)
+                self._tell_hooks(self.hooks, call, args, work, is_blocking=is_blocking)
         except RuntimeError as error:
             self._tell_freed(operation.name, error)
             raise
@@ -409,6 +417,20 @@ class Interceptor:
                 self.board.move(self.rank, AreaState.NOWHERE)
         if not is_later and not operation.is_point_to_point:
             self._note(name, call, args, started, arrived)
+        return out
+
+    def _only_tape(self, writer: Hook, operation: Operation, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
+        """A call on a group whose members the board does not know: it is neither watched nor spoiled, but a tape keeps it."""
+        writer.before(operation, args)
+        text, frame = with_peer(operation, args), user_frame(2)[0]
+        is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
+        out = onward()
+        work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
+        if is_blocking and not operation.is_point_to_point:
+            work.wait()
+        line, place = place_of(frame, text)
+        call = Call(operation=operation, group=_UNKNOWN, key=0, peers=(), text=text, line=line, place=place)
+        self._tell_hooks([writer], call, args, work, is_blocking=is_blocking)
         return out
 
     def _note(self, name: str, call: Call, args: tuple[Any, ...], started: int, arrived: int) -> int:
@@ -446,7 +468,7 @@ class Interceptor:
                     self._meet(call, waits=True)
                     arrived = time.monotonic_ns()
                     self._read_announced(call, rows)
-                self._tell_hooks(call, args, None, is_blocking=True)
+                self._tell_hooks(self.hooks, call, args, None, is_blocking=True)
             finally:
                 self.board.move(self.rank, AreaState.NOWHERE)
             if not is_dropped:
@@ -462,13 +484,13 @@ class Interceptor:
                 raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
             row[:] = data
 
-    def _tell_hooks(self, call: Call, args: tuple[Any, ...], work: Any, *, is_blocking: bool) -> None:
+    def _tell_hooks(self, hooks: Sequence[Hook], call: Call, args: tuple[Any, ...], work: Any, *, is_blocking: bool) -> None:
         """Show hooks what a call gave; an asynchronous collective is waited for first. A receive is shown when its caller has waited."""
-        if not self.hooks:
+        if not hooks:
             return
         tensors = tensors_in(args[0])
         is_receive = call.operation.name.startswith("recv")
-        for hook in self.hooks:
+        for hook in hooks:
             told = hook.begun(call.operation.name, call.text, call.line, tensors)
             if not is_receive:
                 if not is_blocking and not call.operation.is_point_to_point:
@@ -477,7 +499,7 @@ class Interceptor:
             elif is_blocking:
                 self._local.told = [*getattr(self._local, "told", []), told]
             else:
-                self._told_later.setdefault(id(work), []).append(told)
+                self._told_later.setdefault(id(work), (work, []))[1].append(told)
 
     def _describe(self, operation: Operation, group: KnownGroup, args: tuple[Any, ...], frame: Any) -> Call:
         text = operation.describe(args)
@@ -601,10 +623,11 @@ class Interceptor:
         def wrapped(work: Any, *args: Any, **kwargs: Any) -> bool:
             call = self._in_flight.pop(id(work), None)
             if call is None:
-                return wait(work, *args, **kwargs)
-            with self._busy():
-                is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
-            for told in self._told_later.pop(id(work), []):
+                is_done = wait(work, *args, **kwargs)
+            else:
+                with self._busy():
+                    is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
+            for told in self._told_later.pop(id(work), (work, []))[1]:
                 told()
             return is_done
 

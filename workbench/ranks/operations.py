@@ -25,6 +25,7 @@ __all__ = [
     "num_bytes",
     "remember_reduce_ops",
     "tensors_in",
+    "with_peer",
 ]
 
 _last = (
@@ -51,6 +52,17 @@ class Operation:
 
     def is_async(self, args: tuple[Any, ...]) -> bool:
         return self.async_at < 0 or len(args) <= self.async_at or bool(args[self.async_at])
+
+
+def with_peer(operation: Operation, args: tuple[Any, ...]) -> str:
+    """What it is, as `describe` says, and for a message which rank is at its other end."""
+    text = operation.describe(args)
+    if operation.name == "recv_any":
+        return f"{text} from any"
+    if not operation.is_point_to_point:
+        return text
+    peer = c10d.get_process_group_ranks(c10d.ProcessGroup.unbox(args[operation.group_at]))[args[2]]
+    return f"{text} {'to' if operation.name == 'send' else 'from'} rank {peer}"
 
 
 def num_bytes(args: tuple[Any, ...]) -> int:

@@ -36,7 +36,7 @@ from workbench.ranks.digest import digest_of
 from workbench.ranks.forming import use_layout
 from workbench.ranks.intercept import Freed, dropped
 from workbench.ranks.messages import Outcome, Task
-from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in
+from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in, with_peer
 from workbench.ranks.shown import text_of
 from workbench.ranks.snapshot import changed_files, restore_names
 from workbench.ranks.steady import steady_pickles
@@ -394,7 +394,7 @@ class _Player:
 
     def _collective(self, name: str, operation: Operation, keyset: Any, *args: Any) -> Any:
         assert self._now is not None
-        text = _full_text(operation, args)
+        text = with_peer(operation, args)
         if not self._is_on_tape:
             return dropped(name, args)
         self._num_collectives += 1
@@ -439,16 +439,6 @@ def _as_recorded(told: str) -> Exception:
 
 def _place(record: Collective | Outside) -> str:
     return f"cell {record.cell}, line {record.line}" if record.line else f"cell {record.cell}"
-
-
-def _full_text(operation: Operation, args: tuple[Any, ...]) -> str:
-    text = operation.describe(args)
-    if operation.name == "recv_any":
-        return f"{text} from any rank"
-    if not operation.is_point_to_point:
-        return text
-    peer = dist.get_process_group_ranks(dist.ProcessGroup.unbox(args[operation.group_at]))[args[2]]
-    return f"{text} {'to' if operation.name == 'send' else 'from'} rank {peer}"
 
 
 def _value(start: CellStart) -> Any:
