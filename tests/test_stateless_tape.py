@@ -104,9 +104,11 @@ def test_a_socket_that_the_cell_opens_itself_is_taken_over_as_it_was(taped):
         "import socket\nlistener = socket.create_server(('127.0.0.1', 0))\n"
         "alone = wb.StatelessGroup.create('127.0.0.1', 0, 0, 1, listen_socket=listener)\nalone.all_gather_obj(rank)",
         "alone.destroy()\nlistener.fileno()",
+        "listener = socket.create_server(('127.0.0.1', 0))\npg = wb.stateless_gloo('127.0.0.1', 0, 0, 1, listen_socket=listener)\n"
+        "wb.destroy_stateless_gloo(pg)\ndel pg\nlistener.fileno()",
     )
     again = wb.replay(folder, rank=1)
-    assert again.result_texts == ("[1]", "-1") and not again.differing_results
+    assert again.result_texts == ("[1]", "-1", "-1") and not again.differing_results
 
 
 def test_a_wait_that_ended_in_an_error_ends_so_again_and_the_cell_goes_on(cluster, taped, no_sockets):

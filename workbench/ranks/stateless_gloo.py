@@ -47,6 +47,8 @@ def stateless_gloo(
         lambda: met.append(_meet(host, port, rank, world_size, timeout_s, listen_socket)),
     )
     process_group = met[0] if met else _without_peers(rank, world_size)
+    if listen_socket is not None and not met:
+        listen_socket.close()  # taken over, and not needed
     process_group._set_group_name(c10d.GroupName(f"stateless_{next(_numbers)}"))
     _formed.add(process_group)
     register_again()
