@@ -10,5 +10,6 @@ Where to look (a driver holds a cluster; each rank is a process that runs its ce
     diagnosis       diagnosis, outside, observer, memory, doctor
     groups          group = members + collectives + point_to_point; announce, arguments, wire, parcels, tensor_dict, sending, metrics,
                     message_queue, graph_capture; stateless, stateless_gloo; tracing carries one out message by message
-    again           recording -> tape -> replay, failures; history -> saving -> session -> reproduce; digest, steady; faults spoil
+    again           recording -> tape -> replay, failures; history -> saving -> session -> reproduce; digest, difference, steady;
+                    faults spoil
 """
