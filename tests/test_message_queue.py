@@ -114,4 +114,4 @@ def test_a_writer_that_is_killed_is_told_and_leaves_nothing() -> None:
         assert time.monotonic() - started < 5
     with pytest.raises(GroupError, match="make a new queue with a live writer"):
         MessageQueue.attach(handle, 0)
-    assert set(os.listdir("/dev/shm")) == before
+    assert set(os.listdir("/dev/shm")) <= before
