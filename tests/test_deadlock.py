@@ -426,3 +426,10 @@ def test_without_the_check_making_groups_is_watched_too():
         told = stopped(cluster, "if rank != 1:\n    dist.new_group([0, 1, 2])", wb.RankDeadlock)
         assert "ranks 0, 2 wait in new_group (line 2); rank 1 finished the cell without it" in told
         assert_well(cluster)
+
+
+def test_without_the_check_the_reductions_of_a_model_are_watched_too():
+    with wb.launch(3, check_collectives=False) as cluster:
+        cluster.execute("model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))")
+        told = stopped(cluster, "if rank != 1:\n    model(torch.ones(1, 2)).sum().backward()", wb.RankDeadlock)
+        assert "ranks 0, 2 wait in all_reduce (line 2); rank 1 finished the cell without it" in told

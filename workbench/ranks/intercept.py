@@ -387,14 +387,15 @@ class Interceptor:
         is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
         is_later = not is_blocking and not calls_from_autograd
         started = time.monotonic_ns()
-        if self.is_checked:
+        meets = self.is_checked or calls_from_autograd  # C++ waits for those of DDP, where nobody sees it
+        if meets:
             call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO if is_later else AreaState.ON_BOARD)
             self._meet(call, waits=not is_later)
             self.board.move(self.rank, AreaState.IN_GLOO)
             arrived = time.monotonic_ns()
         try:
             out = onward()
-            if not self.is_checked:  # what is written down now costs little: gloo works meanwhile
+            if not meets:  # what is written down now costs little: gloo works meanwhile
                 call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)

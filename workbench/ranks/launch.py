@@ -30,7 +30,8 @@ def launch(
     Args:
         seed: rank r seeds random, numpy and torch with seed + r.
         collective_timeout_s: gloo's own limit; a stop and the deadlock rule free ranks long before it.
-        check_collectives: collectives wait for all members, interruptibly, and compare what each is about to do. False is for timing.
+        check_collectives: collectives wait for all members, interruptibly, and compare what each is about to do. False is for timing;
+            the reductions of a DDP model are compared all the same, since C++ waits for them where nothing could stop it.
         start_method: "forkserver" forks from a warm process that has imported torch; "spawn" imports in each rank.
         record: "failures" keeps, when a cell fails, the tape of every rank for `wb.replay`; its folder is in the error and in
             `cluster.last_tape`. The tape goes on from launch, so a replay runs the session's cells again up to the one that failed.
