@@ -98,6 +98,7 @@ class World:
         generation: of the objects that live on the ranks now.
         greedy: tokens that every engine of the whole run gives; shared by the worlds.
         engine_pids: of engines beside the ranks.
+        last_error: what the last fault that asked for an error ended in.
         opened_s: when, in seconds since the epoch; what this process had started before is nobody's orphan.
     """
 
@@ -109,6 +110,7 @@ class World:
     num_calls: int = 0
     opened_s: float = 0.0
     engine_pids: set[int] = field(default_factory=set)
+    last_error: str = ""
 
     def open(self) -> None:
         """Start the ranks, and what lives on them."""
@@ -142,6 +144,7 @@ class World:
             if "WrongResult" in str(error):
                 raise Broken(Zero.WRONG, str(error)) from error
             if kinds and isinstance(error, kinds):
+                self.last_error = str(error)
                 return error
             wanted = " or ".join(kind.__name__ for kind in kinds) or "none"
             raise Broken(Zero.ERROR, f"{type(error).__name__} where {wanted} was due: {error}") from error
@@ -192,7 +195,7 @@ class World:
                 if now.token:
                     raise Broken(Zero.ERROR, f"rank {rank} was to end and did not: it has its names still")
             elif now != before:
-                raise Broken(Zero.LOST, f"rank {rank} was healthy: it had {before}, it has {now}")
+                raise Broken(Zero.LOST, f"rank {rank} was healthy: it had {before}, it has {now}\nthe fault's own error: {self.last_error}")
 
     def _check_objects(self, healthy: Sequence[int]) -> None:
         """With a new generation each healthy rank hears StaleGroupError; without one the objects work as before."""

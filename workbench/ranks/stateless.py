@@ -217,7 +217,7 @@ class StatelessGroup:
 
     def __snapshot__(self) -> tuple[Any, ...]:
         """How the names of a rank hold it for a replay: without its store."""
-        return copyreg.__newobj__, (type(self),), vars(self) | {"_store": None, "_sent": deque()}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), vars(self) | {"_store": None, "_sent": deque()}  # type: ignore[attr-defined]  # not in typeshed
 
     def _through(self, what: str, call: Callable[[], T], given: bytes = b"") -> T:
         """Whatever has to do with the store: the one place where a tape listens, and answers in a replay."""
