@@ -12,6 +12,7 @@ import pytest
 from workbench.ranks.stateless import free_port
 
 SCRIPT = """
+import pathlib
 import torch, torch.distributed as dist
 import workbench as wb
 from workbench.ranks.forming import form_groups
@@ -25,6 +26,12 @@ ACCELERATE
 print(f"rank {me.rank} is well")
 dist.barrier()
 dist.destroy_process_group()
+names = [path.read_text().strip() for path in pathlib.Path("/proc/self/task").glob("*/comm")]
+assert "pt_gloo_runloop" not in names, names  # one that lets go of a tensor while the interpreter ends aborts it
+try:
+    me.group.all_gather_object(me.rank)
+except wb.StaleGroupError as error:
+    assert "group 'world' belongs to an older generation of the world" in str(error)
 """
 
 ACCELERATE = """
@@ -64,6 +71,19 @@ def test_a_script_under_slurms_names_attaches(tmp_path: Path, names: tuple[str, 
     told = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), told
     assert ["rank 0 is well" in told[0][0], "rank 1 is well" in told[1][0]] == [True, True]
+
+
+def test_a_world_that_current_made_ends_before_the_interpreter(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import atexit\n"
+        "atexit.register(lambda: print('left:', dist.is_initialized()))  # runs last\n"
+        "import torch.distributed as dist, workbench as wb\n"
+        "print(wb.current().group.all_gather_object('well'))\n"
+    )
+    env = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "['well']\nleft: False\n"), done.stderr
 
 
 @pytest.mark.parametrize(

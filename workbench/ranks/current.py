@@ -7,6 +7,7 @@ Knows this process's place. Does not know the driver.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from dataclasses import dataclass, field
@@ -103,5 +104,14 @@ def _attach() -> Current:
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])
     if not dist.is_initialized():
         dist.init_process_group("gloo")
+        atexit.register(_destroy_world)
     group = Group.from_process_group(dist.group.WORLD, name="world")
     return Current(rank=int(rank), world_size=int(world_size), group=group, layout=Layout(world_size=int(world_size)))
+
+
+def _destroy_world() -> None:
+    """End gloo's threads before the interpreter ends: one that lets go of a tensor later aborts the process."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

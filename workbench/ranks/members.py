@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class Members:
 
     `first_rank`, `last_rank`, `next_rank` and `prev_rank` are ranks of the world; `src` and `dst` of the operations are ranks within the
     group. A process group of torch may hold its ranks in another order (torch sorts them); here the order of `ranks` counts everywhere.
+    It lives as long as torch holds it: kept longer, its gloo threads would let go of tensors while the interpreter ends, which aborts.
 
     Attributes:
         name: shown in errors and diagnoses.
@@ -59,9 +61,9 @@ class Members:
 
     def rebind(self, process_group: dist.ProcessGroup | None) -> None:
         """Follow a new generation: the same ranks over a new process group (None where this rank is no member)."""
-        self._process_group = process_group
+        self._held = _held(process_group)
         self._outbox, self._inbox = Outbox(), Inbox()
-        self._world = dist.group.WORLD if dist.is_initialized() else None
+        self._world = _held(dist.group.WORLD) if dist.is_initialized() else None
         if self.is_member and process_group is not None:
             held = dist.get_process_group_ranks(process_group)
             if sorted(held) != sorted(self.ranks):
@@ -81,16 +83,22 @@ class Members:
                 f"rank {self.rank} is not in group {self.name!r}\nits members are ranks {list(self.ranks)}\n"
                 "call group operations on its members only: `if group.is_member:`"
             )
-        if self._is_closed or self._process_group is None:
-            raise GroupError(
-                f"group {self.name!r} was destroyed\nit had ranks {list(self.ranks)}\nform it again with Group.create or cluster.use"
-            )
-        if self._world is not (dist.group.WORLD if dist.is_initialized() else None):
+        if not self._is_closed and not self._is_of_this_world:
             raise StaleGroupError(
                 f"group {self.name!r} belongs to an older generation of the world\nthe process group was rebuilt after a stop\n"
                 "form it again with Group.create; groups of the layout follow by themselves"
             )
-        return self._process_group
+        process_group = self._held()
+        if self._is_closed or process_group is None:
+            raise GroupError(
+                f"group {self.name!r} was destroyed\nit had ranks {list(self.ranks)}\nform it again with Group.create or cluster.use"
+            )
+        return process_group
+
+    @property
+    def _is_of_this_world(self) -> bool:
+        now = dist.group.WORLD if dist.is_initialized() else None
+        return self._world is None or (now is not None and self._world() is now)
 
     @property
     def world_size(self) -> int:
@@ -130,11 +138,11 @@ class Members:
 
     def destroy(self) -> None:
         """Close the group on this rank; a second call does nothing. A process group that others made is left alone."""
-        is_live = dist.is_initialized() and self._world is dist.group.WORLD  # a rebuilt world has taken its groups along
-        if self._is_owner and is_live and self._process_group is not None and not self._is_closed:
-            dist.destroy_process_group(self._process_group)
+        process_group = self._held() if self._is_of_this_world else None  # a rebuilt world has taken its groups along
+        if self._is_owner and process_group is not None and not self._is_closed:
+            dist.destroy_process_group(process_group)
         self._is_closed = True
-        self._process_group = None
+        self._held = _held(None)
         self._outbox, self._inbox = Outbox(), Inbox()
 
     def __repr__(self) -> str:
@@ -256,3 +264,8 @@ class Members:
         ordered = torch.empty_like(gathered)
         ordered[torch.tensor(self._places)] = gathered
         return ordered
+
+
+def _held(process_group: dist.ProcessGroup | None) -> Callable[[], dist.ProcessGroup | None]:
+    """A way to ask for a process group without keeping it alive."""
+    return (lambda: None) if process_group is None else weakref.ref(process_group)
