@@ -440,7 +440,9 @@ class Conductor:
         return diagnose(self.board, scene)
 
     def _looks(self, cell: ActiveCell) -> dict[int, ProcessLook]:
-        looks = {rank: look_at(self.links[rank].pid) for rank in sorted(cell.pending)}
+        pids = {rank: self.links[rank].pid for rank in sorted(cell.pending)}
+        natives = {rank: look for rank, pid in pids.items() if (look := self._natives.get(pid)) and look.is_reading}
+        looks = {rank: natives[rank].before if rank in natives else look_at(pid) for rank, pid in pids.items()}
         return {rank: look for rank, look in looks.items() if look is not None}
 
     def _tick(self, cell: ActiveCell) -> None:

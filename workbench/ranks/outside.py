@@ -6,6 +6,7 @@ Knows /proc and py-spy. Does not know collectives.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ _MUCH_SWAPPED_BYTES = 2**26  # less is the ordinary tidying of an idle system
 _MOST_FRAMES = 16
 _PY_SPY_LIMIT_S = 10.0
 _HERE = str(Path(__file__).parent)
+_NUMBERS = ("VmRSS", "VmSwap", "TracerPid")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,18 @@ def look_at(pid: int) -> ProcessLook | None:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (OSError, IndexError):
         return None
-    sizes = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines) if name in ("VmRSS", "VmSwap")}
-    return ProcessLook(state=state, rss_bytes=sizes.get("VmRSS", 0), swap_bytes=sizes.get("VmSwap", 0))
+    numbers = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if name in _NUMBERS}
+    if state == "t" and _is_child(numbers.get("TracerPid", 0)):
+        state = "S"  # held for a moment by our own reading of its stack
+    return ProcessLook(state=state, rss_bytes=numbers.get("VmRSS", 0) * 1024, swap_bytes=numbers.get("VmSwap", 0) * 1024)
+
+
+def _is_child(pid: int) -> bool:
+    """Whether this process started that one."""
+    try:
+        return f"\nPPid:\t{os.getpid()}\n" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def find_py_spy() -> str | None:
@@ -82,13 +94,19 @@ class NativeLook:
 
     Attributes:
         text: a line a frame; "" until it is read, with no py-spy, or where that may not look.
+        before: the process before py-spy held it.
     """
 
     def __init__(self, pid: int) -> None:
         self.text = ""
+        self.before = look_at(pid)
         self._pid = pid
         self._thread = threading.Thread(target=self._read, name="workbench-py-spy", daemon=True)
         self._thread.start()
+
+    @property
+    def is_reading(self) -> bool:
+        return self._thread.is_alive()
 
     def wait(self) -> None:
         self._thread.join(_PY_SPY_LIMIT_S + 1)
