@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -410,6 +412,60 @@ def test_a_stop_that_meets_a_finalizer_comes_right_after_it(cluster):
 
 
 STEP = "model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))\nmodel(torch.ones(1, 2)).sum().backward()"
+
+
+@contextmanager
+def paused_again(pid: int, *, after_s: float, for_s: float = 1.0) -> Iterator[None]:
+    """Let a process not go on for a while, although a stop wants it to."""
+
+    def keep() -> None:
+        time.sleep(after_s)
+        limit = time.monotonic() + for_s
+        with suppress(ProcessLookupError):
+            while time.monotonic() < limit:
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(0.001)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=keep)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("check", "sends", "receives"),
+    [
+        (True, "dist.broadcast(big, 0)", "dist.broadcast(big, 0, async_op=True)"),
+        (False, "dist.broadcast(big, 0, async_op=True).wait()", "dist.broadcast(big, 0, async_op=True)"),
+        (True, "funcol.wait_tensor(funcol.broadcast(big, 0, dist.group.WORLD))", "dist.broadcast(big, 0, async_op=True)"),
+        (False, "dist.send(big, 1)", "dist.irecv(big, 0)"),
+        (True, "dist.isend(big, 1).wait()", "dist.irecv(big, 0)"),
+    ],
+)
+def test_a_stop_in_the_middle_of_a_large_message_loses_no_names(check, sends, receives):
+    """gloo forgets who sends it when its connection closes; a peer that reads nothing keeps it in its middle."""
+    with wb.launch(2, check_collectives=check) as cluster:
+        cluster.execute("import os, time, torch.distributed._functional_collectives as funcol\nkept, big = rank, torch.ones(20_000_000)")
+        pid = cluster.pid(1)
+        takes = f"work = {receives}\n    time.sleep(0.1)\n    os.kill(os.getpid(), {int(signal.SIGSTOP)})\n    work.wait()"
+        with paused_again(pid, after_s=0.6):
+            told = stopped(cluster, f"if rank == 1:\n    {takes}\nelse:\n    time.sleep(0.3)\n    {sends}", wb.RankTimeout, timeout_s=0.8)
+        assert "rank 1 is paused" in told
+        assert_well(cluster)
+        assert cluster.pull("kept") == [0, 1]
+        assert cluster.execute("len(wb.current().process.interceptor._left)", ranks=0)[0].result_text == "1"
+
+
+def test_a_stop_lets_an_import_end(cluster, tmp_path):
+    (tmp_path / "slow_to_import.py").write_text("import time\nfor _ in range(50): time.sleep(0.01)\nwhole = True\n")
+    (tmp_path / "never_imported.py").write_text("while True: pass\n")
+    cluster.execute(f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
+    stopped(cluster, "import slow_to_import\nwhile True: pass", wb.RankTimeout, timeout_s=0.2, within_s=1.5)
+    assert cluster.execute("slow_to_import.whole")[0].result_text == "True"  # its name was bound: it was not left in its middle
+    stopped(cluster, "import never_imported", wb.RankTimeout, timeout_s=0.2, within_s=1.5)
 
 
 def test_a_call_that_never_came_gives_its_reduce_op_to_no_later_one():

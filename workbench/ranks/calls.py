@@ -64,6 +64,7 @@ class Call:
         work: what its caller waits for, when it is asynchronous; held so that torch's object keeps its identity until then.
         called: the operation of ours that makes this call.
         storages: where the tensors lie that an asynchronous call writes: functional collectives wait for a tensor, not for the work.
+        num_bytes: what this rank gives, or takes in a receive; known once the call is made.
         row: number of its row in the ledger, to be completed when it was waited for; -1 where there is none.
     """
 
@@ -79,6 +80,7 @@ class Call:
     work: Any = None
     storages: frozenset[int] = frozenset()
     row: int = -1
+    num_bytes: int = 0
     called: Called | None = None
 
     @property

@@ -17,11 +17,11 @@ import functools
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[
 
 from workbench.errors import CollectiveMismatch, StaleGroupError
 from workbench.ranks import called as calling
-from workbench.ranks import sockets
+from workbench.ranks import leaving, sockets
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
 from workbench.ranks.futures import Futures
@@ -62,6 +62,9 @@ _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 _ASK_ABOUT_GROUPS = ("get_backend", "get_group_rank", "get_global_rank", "get_process_group_ranks")  # torch asks too, before a collective
 _ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations is, to those who see calls of torch
 _UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
+_LARGE = 1 << 16  # bytes; a smaller message is never in the middle of being sent
+_LOOK_S = 0.005
+_DEAF_S = 0.2  # after its connections were shut gloo raises within milliseconds, or not at all
 _MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
 
 
@@ -136,12 +139,16 @@ class Interceptor:
         self.was_shut = False  # gloo connections of this generation were shut
         self.has_left_backward = False  # an exception went through a backward pass: DDP's reducer is in its middle for good
         self.has_left_one = False  # a thread still waits in the making of a group
+        self._shut_at_s = 0.0
+        self._left: list[dist.ProcessGroup] = []  # a thread still waits in one of them: to destroy it would be to wait too
+        self._wait_of_torch = dist.Work.wait
         self._abandoned = -1  # the generation that will never come to be
         self.hooks: list[Hook] = []
         self.announce = announce
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
         self._channels: dict[int, int] = {}  # key of a channel -> key of its group
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
+        self._begun: deque[Any] = deque(maxlen=_MOST_IN_FLIGHT)  # works beside those that gloo may still have in hand, the oldest first
         self._told_later: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # id of a work -> it, and whom to tell what it received
         self._internal = 0
         self._engine_connections: set[sockets.Connection] = set()
@@ -190,7 +197,8 @@ class Interceptor:
         Returns:
             How many were shut.
         """
-        self.was_shut = True
+        if not self.was_shut:
+            self.was_shut, self._shut_at_s = True, time.monotonic()
         mine = [g for g in list(self._groups.values()) if g.generation == self.generation]
         chosen = {connection for group in mine for connection in group.connections}
         return sockets.shut(chosen | (self._engine_connections if self._internal else set()))
@@ -205,11 +213,22 @@ class Interceptor:
     def is_abandoned(self) -> bool:
         return self._abandoned >= self.generation
 
+    def end_generation(self) -> None:
+        """Shut what is open, and keep the groups in which gloo does not notice: to destroy one would be to wait for it."""
+        self.shut()
+        in_hand = [*self._begun, *(call.work for call in self._in_flight.values() if not call.operation.is_point_to_point)]
+        while not all(work.is_completed() for work in in_hand):
+            if self._is_deaf():
+                self._left.extend(c10d._world.pg_map)
+                return
+            time.sleep(_LOOK_S)
+
     def begin_generation(self, generation: int) -> None:
         self.generation = generation
         self.was_shut = self.has_left_backward = False
         self._channels.clear()
         self._in_flight.clear()
+        self._begun.clear()
         self.board.reset(self.rank)
 
     def end_cell(self) -> None:
@@ -251,21 +270,12 @@ class Interceptor:
         Raises:
             Freed: the last step of a stop came, or the generation was abandoned; a new generation follows.
         """
-        made: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                made.set_result(make())
-            except BaseException as error:
-                made.set_exception(error)
-
-        threading.Thread(target=run, name="workbench-forming", daemon=True).start()
-        while not wait_for([made], timeout=0.05).done:
-            if self.was_shut or self.is_abandoned:
-                self.has_left_one = True
-                made.add_done_callback(_destroy)
-                raise Freed("freed while a group was made: the cell was stopped")
-        return made.result()
+        try:
+            return leaving.aside(make, name="forming", should_leave=lambda: self.was_shut or self.is_abandoned)
+        except leaving.Left as left:
+            self.has_left_one = True
+            left.made.add_done_callback(_destroy)
+            raise Freed("freed while a group was made: the cell was stopped") from None
 
     def _learn(self, process_group: Any, ranks: tuple[int, ...], description: str | None, new: frozenset[sockets.Connection]) -> None:
         ranks = ranks or tuple(range(process_group.size()))
@@ -399,6 +409,8 @@ class Interceptor:
                 call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
+            if calls_from_autograd:
+                self._keep(work)
             if is_later:
                 call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
                 self._remember(call)
@@ -406,6 +418,7 @@ class Interceptor:
                 call.row = self._note(name, call, args, started, arrived)
                 self._local.call = call
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
+                self._outlast(work, call.text)
                 work.wait()
                 arrived = arrived if self.is_checked else time.monotonic_ns()  # not told apart from the moving of data then
             if self.hooks:
@@ -441,7 +454,8 @@ class Interceptor:
             The row's number, -1 where it has none of its own.
         """
         where = self.board.cell(self.rank) << 20 | call.line
-        row = (call.key, call.sequence, num_bytes(args), started, arrived, time.monotonic_ns(), where)
+        call.num_bytes = num_bytes(args)
+        row = (call.key, call.sequence, call.num_bytes, started, arrived, time.monotonic_ns(), where)
         if call.called is None:
             return self.board.note(self.rank, (_INDEX[name], *row))
         call.called.add(calling.Row(*row), self._note_ours)
@@ -577,6 +591,33 @@ class Interceptor:
 
     # -- waiting ------------------------------------------------------------------------------------------------------------------------
 
+    def _wait_in_gloo(self, call: Call, wait: Callable[[], T], *, has_limit: bool) -> T:
+        if not call.operation.is_point_to_point and not has_limit:
+            self._outlast(call.work, call.text)
+        elif call.num_bytes >= _LARGE:
+            return self._wait_aside(wait, call.text)
+        return wait()
+
+    def _outlast(self, work: Any, what: str) -> None:
+        """Wait for a collective; one that gloo does not end when its connections are shut is left."""
+        if not leaving.outlast(work, self._wait_of_torch, should_leave=self._is_deaf):
+            self._leave(what)
+
+    def _wait_aside(self, wait: Callable[[], T], what: str) -> T:
+        """Wait for a large message, which may only be waited for once, in a thread that can be left."""
+        try:
+            return leaving.aside(wait, name="message", should_leave=self._is_deaf)
+        except leaving.Left:
+            return self._leave(what)
+
+    def _is_deaf(self) -> bool:
+        """gloo would have raised by now."""
+        return self.was_shut and time.monotonic() - self._shut_at_s > _DEAF_S
+
+    def _leave(self, what: str) -> NoReturn:
+        self._left.extend(c10d._world.pg_map)
+        raise Freed(f"freed from {what}: the cell was stopped")
+
     def _blocking(self, make: Callable[..., Any]) -> Callable[..., Any]:
         """Mark a send or recv as one that its caller waits for: the operator itself cannot tell."""
 
@@ -612,6 +653,12 @@ class Interceptor:
             if rank == source and call is not None:
                 self.board.begin(self.rank, key, call.text.encode(), AreaState.NOWHERE, call.place, call.line)
 
+    def _keep(self, work: Any) -> None:
+        """Know a collective of gloo's until it has ended."""
+        while self._begun and self._begun[0].is_completed():
+            self._begun.popleft()
+        self._begun.append(work)
+
     def _remember(self, call: Call) -> None:
         for work_id in [i for i, old in list(self._in_flight.items())[:2] if old.work.is_completed()]:
             self._in_flight.pop(work_id, None)
@@ -624,7 +671,12 @@ class Interceptor:
         def wrapped(work: Any, *args: Any, **kwargs: Any) -> bool:
             call = self._in_flight.pop(id(work), None)
             if call is None:
-                is_done = wait(work, *args, **kwargs)
+                message = getattr(self._local, "call", None) if getattr(self._local, "is_blocking", False) else None
+                if message is not None and message.num_bytes >= _LARGE:
+                    with self._busy():
+                        is_done = self._wait_aside(lambda: wait(work, *args, **kwargs), message.text)
+                else:
+                    is_done = wait(work, *args, **kwargs)
             else:
                 with self._busy():
                     is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
@@ -663,7 +715,7 @@ class Interceptor:
                 arrived = time.monotonic_ns()
                 self._compare(call)
                 self.board.move(self.rank, AreaState.IN_GLOO)
-            result = wait()
+            result = self._wait_in_gloo(call, wait, has_limit=has_limit)
             ended = time.monotonic_ns()
             self.board.amend(self.rank, call.row, waited_ns=(arrived if is_on_board else ended) - began, end_ns=ended)
             if call.sources:
@@ -671,6 +723,7 @@ class Interceptor:
             return result
         except Stopped:
             self.shut()  # gloo has begun this call: nothing else ends it
+            self._keep(call.work)
             raise Freed(f"freed from {call.text}: the cell was stopped") from None
         except RuntimeError as error:
             self._tell_freed(call.text, error)

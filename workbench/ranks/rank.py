@@ -68,8 +68,10 @@ __all__ = ["Rank", "main"]
 
 _libc = ctypes.CDLL(None)
 _DEEPEST_STACK = 12
-_AGAIN_S = 0.01  # after which an interrupt that met a finalizer is tried once more
+_AGAIN_S = 0.01  # after which an interrupt that met a finalizer, or an import, is tried once more
+_IMPORT_S = 0.6  # that an import is given to end
 _FINALIZE = weakref.finalize.__call__.__code__
+_IMPORTING = "<frozen importlib._bootstrap>"
 
 
 class Rank:
@@ -83,6 +85,7 @@ class Rank:
         self.module = ModuleType("__main__")
         self.is_running = False
         self._missed_signal = False  # one came while nothing ran
+        self._met_import_s = 0.0  # when an interrupt met an import first
         self._waiting: SimpleQueue[tuple[Any, Packed | None]] = SimpleQueue()
         self._store: dist.TCPStore | None = None
         self._store_connections: frozenset[sockets.Connection] = frozenset()
@@ -287,18 +290,30 @@ class Rank:
             return  # it came late: the cell has ended, and forming the next generation must not be stopped; or before the cell begins
         if self.interceptor.is_busy:
             self.interceptor.is_interrupt_pending = True
-        elif any(one.f_code is _FINALIZE or one.f_code.co_name == "__del__" for one in _frames(frame)):
-            # an exception raised there would be swallowed, and the stop with it
+        elif self._is_in_finalizer(frame) or self._is_in_import(frame):
             threading.Timer(_AGAIN_S, signal.pthread_kill, args=(threading.main_thread().ident, number)).start()
         else:
             called_by = _frames(frame.f_back if frame is not None else None)
             self.interceptor.has_left_backward |= any(one.f_code.co_name == "_engine_run_backward" for one in called_by)
             raise KeyboardInterrupt
 
+    def _is_in_finalizer(self, frame: FrameType | None) -> bool:
+        """An exception raised there would be swallowed, and the stop with it."""
+        return any(one.f_code is _FINALIZE or one.f_code.co_name == "__del__" for one in _frames(frame))
+
+    def _is_in_import(self, frame: FrameType | None) -> bool:
+        """Left in its middle, a package may not come in a second time; but no longer than a stop may take."""
+        if not any(one.f_code.co_filename == _IMPORTING for one in _frames(frame)):
+            return False
+        now = time.monotonic()
+        if now - self._met_import_s > 2 * _IMPORT_S:
+            self._met_import_s = now
+        return now - self._met_import_s < _IMPORT_S
+
     def _rebuild(self, generation: int) -> None:
         error = ""
         try:
-            self.interceptor.shut()  # gloo's destructor would wait for calls that can no longer end
+            self.interceptor.end_generation()
             if dist.is_initialized():
                 dist.destroy_process_group()
             c10d._world.group_count = 0  # not so after a generation that was abandoned; all ranks must name groups alike

@@ -1,0 +1,75 @@
+"""Waits inside gloo that can be left.
+
+When a connection is closed, gloo tells those who wait for it, but for the message that is in the middle of being sent or received: who
+waits for that waits until the group's own limit. A stop that shuts connections therefore leaves such a wait behind, in a thread.
+
+Knows torch's works. Does not know groups or the board.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+__all__ = ["Left", "aside", "outlast"]
+
+T = TypeVar("T")
+
+_LOOK_S = 0.05
+_SLICE = timedelta(seconds=0.1)
+
+
+class Left(Exception):
+    """A wait was left.
+
+    Attributes:
+        made: what comes of it, some day.
+    """
+
+    def __init__(self, made: Future[Any]) -> None:
+        super().__init__("a wait inside gloo was left")
+        self.made = made
+
+
+def aside(call: Callable[[], T], *, name: str, should_leave: Callable[[], bool]) -> T:
+    """Make a call in a thread, which can be left.
+
+    Raises:
+        Left: `should_leave`, asked again and again, said so first.
+    """
+    made: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            made.set_result(call())
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=run, name=f"workbench-{name}", daemon=True).start()
+    while not wait_for([made], timeout=_LOOK_S).done:
+        if should_leave():
+            raise Left(made)
+    return made.result()
+
+
+def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], bool]) -> bool:
+    """Wait until a collective has ended, well or not; unlike sends and receives it may be waited for more than once.
+
+    Args:
+        work: of torch.
+        wait: `dist.Work.wait` as torch made it.
+
+    Returns:
+        False where `should_leave`, asked again and again, said so first.
+    """
+    while not work.is_completed():
+        with suppress(RuntimeError):  # the slice is over; or its own error, which the next wait raises again
+            wait(work, _SLICE)
+        if should_leave() and not work.is_completed():
+            return False
+    return True
