@@ -10,7 +10,18 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from workbench.view.style import FULL_SIZE, IDLE_COLOR, OKABE_ITO, add_legend, house_style, is_small, new_axes, set_finding, show_empty
+from workbench.view.style import (
+    FULL_SIZE,
+    HEADROOM,
+    IDLE_COLOR,
+    OKABE_ITO,
+    add_legend,
+    house_style,
+    is_small,
+    new_axes,
+    set_finding,
+    show_empty,
+)
 
 if TYPE_CHECKING:
     from workbench.run import Run
@@ -56,6 +67,7 @@ def plot_idle(
         ax.bar(places, busy, width, color=OKABE_ITO[0])
         ax.bar(places, total - busy, width, bottom=busy, facecolor=IDLE_COLOR, edgecolor="#8C8C8C", hatch="////", linewidth=0)
         ax.set_xlim(-0.6, len(busy) - 0.4)
+        ax.set_ylim(0, HEADROOM * max(total, 1.0))
         ax.set_xlabel("rank")
         ax.set_ylabel("tokens" if time == "sum" else "tokens of the longest")
         named = places[:: -(-len(busy) // _MOST_NAMES)]

@@ -16,6 +16,7 @@ from workbench.plan.lengths import LengthStats, length_stats
 from workbench.view.style import (
     FINISH_STYLES,
     FULL_SIZE,
+    HEADROOM,
     add_legend,
     house_style,
     is_small,
@@ -96,6 +97,7 @@ def _draw_bars(ax: Axes, groups: Sequence[tuple[NDArray[np.int64], dict[str, Any
         heights = np.histogram(lengths, edges)[0]
         ax.bar(edges[:-1], heights, np.diff(edges), bottom=floor, align="edge", edgecolor="white", linewidth=0.6, **look)
         floor = floor + heights
+    ax.set_ylim(0, HEADROOM * floor.max())
     return [Patch(edgecolor="white", **look) for _, look in groups]
 
 

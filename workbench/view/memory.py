@@ -16,6 +16,7 @@ from matplotlib.patches import Patch
 
 from workbench.view.style import (
     FULL_SIZE,
+    HEADROOM,
     PROCESS_COLORS,
     SPAN_STYLES,
     RankBlock,
@@ -63,7 +64,7 @@ def plot_memory(
         handles = _draw_layers(ax, layers / unit, blocks) + _draw_device(ax, device_total(frame) / unit)
         handles += _shade_sleep(ax, asleep_stretches(spans, since_s=float(layers.index[0]), until_s=float(layers.index[-1])))
         ax.set_xlim(layers.index[0], layers.index[-1])
-        ax.set_ylim(0, peak / unit * 1.08)
+        ax.set_ylim(0, HEADROOM * peak / unit)
         ax.set_ylabel(f"memory (PSS), {unit_name}")
         ax.set_xlabel("seconds since the run's start")
         num_rows = label_times(ax, _events(spans, float(layers.index[0]), float(layers.index[-1])))

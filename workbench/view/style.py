@@ -48,6 +48,7 @@ __all__ = [
 FULL_SIZE = (6.4, 3.6)  # inches
 SMALL_SIZE = (3.3, 2.5)  # three beside each other in a notebook
 DPI = 144
+HEADROOM = 1.08  # of an axis over the tallest that stands on it; bars of no height keep matplotlib from leaving any
 
 OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442", "#7F7F7F")
 SPAN_STYLES = {  # span -> (face colour, hatch)
