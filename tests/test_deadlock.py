@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 import workbench as wb
+from workbench.ranks import conductor
 from workbench.ranks.cluster import Cluster
 
 
@@ -489,3 +490,22 @@ def test_without_the_check_the_reductions_of_a_model_are_watched_too():
         cluster.execute("model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))")
         told = stopped(cluster, "if rank != 1:\n    model(torch.ones(1, 2)).sum().backward()", wb.RankDeadlock)
         assert "ranks 0, 2 wait in all_reduce (line 2); rank 1 finished the cell without it" in told
+
+
+@pytest.mark.parametrize("asks_again", [True, False])
+def test_a_rank_that_does_not_leave_its_old_groups_is_ended_and_told(monkeypatch, asks_again):
+    monkeypatch.setattr(conductor, "_PART_LIMIT_S", 60.0 if asks_again else 1.0)
+    with wb.launch(3, check_collectives=False) as cluster:
+        cluster.execute("import time; kept = rank\nif rank == 1: dist.destroy_process_group = lambda: time.sleep(60)")
+        handle = cluster.execute("if rank: dist.barrier()", block=False)
+        time.sleep(0.4)
+        cluster.interrupt()
+        if asks_again:
+            time.sleep(1.0)
+            cluster.interrupt()
+        with pytest.raises(wb.RankError) as caught:
+            handle.result(timeout_s=15)
+        assert "rank 1 of 3 died while the ranks formed generation 1: it was ended, because it had not left its old" in str(caught.value)
+        cluster.respawn(1)
+        assert_well(cluster)
+        assert cluster.pull("kept", ranks=[0, 2]) == [0, 2]

@@ -175,12 +175,23 @@ def test_exits_are_described_by_code_and_signal(code, told):
     assert describe_exit(wait_status)[:2] == told
 
 
+LINGERS = "import time; dist.destroy_process_group = lambda: time.sleep(60)"
+
+
+def test_a_paused_rank_beside_the_cell_is_continued_to_form_the_next_generation():
+    with wb.launch(3, check_collectives=False) as cluster:
+        os.kill(cluster.pid(2), signal.SIGSTOP)
+        with pytest.raises(wb.RankDeadlock):
+            cluster.execute("dist.barrier()", ranks="0-1", timeout_s=20)
+        assert sums(cluster) == {"3.0"}
+
+
 def test_a_rank_that_dies_while_the_others_form_a_generation_is_told_at_once():
     with wb.launch(4) as cluster:
         cluster.use(wb.Layout(world_size=4, tp=2, dp=2))
         cluster.execute("kept = rank")
         cluster.kill(0)
-        os.kill(cluster.pid(2), signal.SIGSTOP)  # the new generation waits for it
+        cluster.execute(LINGERS, ranks=2)  # the new generation waits for it
         threading.Timer(0.5, os.kill, (cluster.pid(2), signal.SIGKILL)).start()
         started = time.monotonic()
         with pytest.raises(wb.RankFailed) as caught:
@@ -201,7 +212,7 @@ def test_a_rank_that_dies_while_a_stop_forms_a_generation_does_not_hold_the_cell
     with wb.launch(3, check_collectives=False) as cluster:
         cluster.execute("kept = rank")
         pids = [cluster.pid(r) for r in range(3)]
-        os.kill(pids[2], signal.SIGSTOP)
+        cluster.execute(LINGERS, ranks=2)
         handle = cluster.execute("dist.barrier()", ranks="0-1", block=False)  # a deadlock, ended inside gloo: a generation must be formed
         threading.Timer(1.5, os.kill, (pids[2], signal.SIGKILL)).start()
         with pytest.raises(wb.RankDeadlock, match="rank 2 of 3 died while the ranks formed generation 1: SIGKILL"):

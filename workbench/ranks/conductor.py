@@ -38,6 +38,7 @@ from workbench.ranks.messages import (
     Look,
     Mark,
     Outcome,
+    Parted,
     Ready,
     Rebuild,
     Rebuilt,
@@ -60,6 +61,8 @@ _NATIVE_AFTER_S = 0.15  # a rank that has not said where it is by then lets no o
 _GRACE_S = {"failure": 1.0, "deadlock": 0.15, "timeout": 0.0, "interrupt": 0.0}  # for ranks that are not stuck to end by themselves
 _SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
 _KILL_AFTER_S = 5.0
+_PART_LIMIT_S = 10.0  # for a rank to let its old groups go, when the next generation is formed
+_PART_HURRIED_S = 1.0  # the same, once the user has asked twice
 _SHOWN_FRAMES = 5  # of the stack of a rank that had to be killed
 
 
@@ -84,6 +87,9 @@ class Conductor:
         self._tickets = itertools.count(-1, -1)
         self._ticket = 0
         self._rebuilding: set[int] | None = None
+        self._lingering: set[int] = set()  # of those, who have not let their old groups go
+        self._ended: set[int] = set()  # for that, by us
+        self._forming_since_s = 0.0
         self.rebuild_errors: dict[int, str] = {}
         self.formation_error: RankError | None = None  # who died while the present generation was formed
         self._stop_stage: set[str] = set()
@@ -226,6 +232,8 @@ class Conductor:
                 handle(link, key.fd, events)
         while self._todo:
             self._todo.pop(0)()
+        if self._lingering:
+            self._hasten()
         if self.active is not None:
             self._tick(self.active)
 
@@ -252,11 +260,22 @@ class Conductor:
         self.groups = {key: group for key, group in self.groups.items() if group.outlives_generations}
         self.rebuild_errors, self.formation_error = {}, None
         self._rebuilding = {link.rank for link in self.links if not link.is_dead and link.rank not in fresh}
+        self._lingering, self._ended, self._forming_since_s = set(self._rebuilding), set(), time.monotonic()
         for rank in self._rebuilding:
             self._send(self.links[rank], Rebuild(generation=generation))
+            self.links[rank].signal(signal.SIGCONT)
         for link in self.links:
             if link.is_dead and link.rank not in fresh:
                 self._abandon_generation(link)
+
+    def _hasten(self) -> None:
+        """End ranks that do not come out of their old groups: all others would wait for them."""
+        is_hurried = self.active is not None and "hurry" in self._stop_stage
+        if time.monotonic() - self._forming_since_s < (_PART_HURRIED_S if is_hurried else _PART_LIMIT_S):
+            return
+        for rank in self._lingering - self._ended:
+            self._ended.add(rank)
+            self.links[rank].signal(signal.SIGKILL)
 
     @property
     def _is_forming(self) -> bool:
@@ -266,6 +285,9 @@ class Conductor:
     def _abandon_generation(self, link: Link) -> None:
         """A rank died that was to form the generation: let the others go, who would wait for it."""
         code, name, how = link.describe_death()
+        if link.rank in self._ended:
+            waited_s = time.monotonic() - self._forming_since_s
+            how = f"it was ended, because it had not left its old process groups after {waited_s:.0f} s; {how}"
         self.formation_error = RankFailed(
             f"rank {link.rank} of {len(self.links)} died while the ranks formed generation {self.generation}: {how}\n"
             "the other ranks keep their names, but have no process group until it is back\n"
@@ -275,7 +297,7 @@ class Conductor:
             exit_code=code,
             signal_name=name,
         )
-        self._rebuilding = set()
+        self._rebuilding, self._lingering = set(), set()
         for other in self.links:
             if not other.is_dead:
                 self._send(other, Abandon(generation=self.generation))
@@ -352,6 +374,9 @@ class Conductor:
                 self.rebuild_errors[link.rank] = message.error
             if self._rebuilding is not None:
                 self._rebuilding.discard(link.rank)
+            self._lingering.discard(link.rank)
+        elif isinstance(message, Parted) and message.generation == self.generation:
+            self._lingering.discard(link.rank)
         elif isinstance(message, Ready) and link is self.links[link.rank]:
             link.is_ready = True
             if message.error:
@@ -403,7 +428,7 @@ class Conductor:
         if cell.finished.is_set() or cell is not self.active:
             return
         if cell.stop_reason is not None:
-            if reason == "interrupt" and cell.stop_reason in ("interrupt", "timeout"):
+            if reason == "interrupt" and (self._lingering or cell.stop_reason in ("interrupt", "timeout")):
                 self._stop_stage.add("hurry")
             elif reason == "interrupt":
                 self._stop_stage.add("asked")

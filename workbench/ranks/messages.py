@@ -1,7 +1,7 @@
 """What driver and rank say to each other, as typed records.
 
 driver -> rank   RunCell  Free  Look  Question  Rebuild  Abandon
-rank -> driver   Ready  GroupFormed  CellDone  Seen  Answer  Rebuilt  Mark
+rank -> driver   Ready  GroupFormed  CellDone  Seen  Answer  Parted  Rebuilt  Mark
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "Look",
     "Mark",
     "Outcome",
+    "Parted",
     "Question",
     "Ready",
     "Rebuild",
@@ -159,6 +160,13 @@ class Answer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuild:
     """Leave the process group and form the next generation."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parted:
+    """The rank has left its old groups, and begins to form this generation with its peers."""
 
     generation: int
 

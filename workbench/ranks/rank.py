@@ -52,6 +52,7 @@ from workbench.ranks.messages import (
     Look,
     Mark,
     Outcome,
+    Parted,
     Question,
     Ready,
     Rebuild,
@@ -319,6 +320,7 @@ class Rank:
             c10d._world.group_count = 0  # not so after a generation that was abandoned; all ranks must name groups alike
             register_again()
             self.interceptor.begin_generation(generation)
+            self.writer.send(Parted(generation=generation))
             self._join(generation)
             self.here.generation = generation
             self.here.group.rebind(_world())
