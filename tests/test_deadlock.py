@@ -492,6 +492,25 @@ def test_without_the_check_the_reductions_of_a_model_are_watched_too():
         assert "ranks 0, 2 wait in all_reduce (line 2); rank 1 finished the cell without it" in told
 
 
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize(
+    ("rounds", "operation"),
+    [
+        ("if rank != 1:\n    torch.nn.parallel.DistributedDataParallel(net)", "all_gather"),  # it compares the parameters
+        ("for _ in range(1 if rank == 1 else 2):\n    model(x).sum().backward()", "broadcast"),  # the second makes the buckets anew
+    ],
+)
+def test_what_a_model_does_beside_its_reductions_is_watched_too(check, rounds, operation):
+    with wb.launch(3, check_collectives=check) as cluster:
+        cluster.execute(
+            "net, x = torch.nn.Sequential(*[torch.nn.Linear(600, 600) for _ in range(4)]), torch.ones(1, 600)\n"
+            "model = torch.nn.parallel.DistributedDataParallel(net, bucket_cap_mb=1)"
+        )
+        told = stopped(cluster, rounds, wb.RankDeadlock)
+        assert f"ranks 0, 2 wait in {operation} (line 2); rank 1 finished the cell without it" in told
+        assert_well(cluster)
+
+
 @pytest.mark.parametrize("asks_again", [True, False])
 def test_a_rank_that_does_not_leave_its_old_groups_is_ended_and_told(monkeypatch, asks_again):
     monkeypatch.setattr(conductor, "_PART_LIMIT_S", 60.0 if asks_again else 1.0)

@@ -29,6 +29,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib", "stdlib")})
 _last = threading.local()  # what `place_of` found last in this thread
 _NOT_USER_CODE = (*_LIBRARIES, os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
+_WAITING_IN_CPP = ("torch/nn/parallel/distributed.py", "torch/distributed/utils.py")  # their Python collectives have frames of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,19 +102,22 @@ def key_of(text: str) -> int:
 
 
 def user_frame(depth: int) -> tuple[FrameType | None, bool]:
-    """Innermost frame of user code above the caller's `depth`, and whether the autograd engine made the call."""
+    """Innermost frame of user code above the caller's `depth`, and whether C++ made the call and waits for it.
+
+    DDP does: its reductions in a backward pass, its broadcasts when the model is made and before a forward pass.
+    """
     frame: FrameType | None = sys._getframe(depth + 1)
-    calls_from_autograd = False
+    is_waited_in_cpp = False
     innermost = True
     while frame is not None:
         is_users, is_ours = _whose(frame.f_code.co_filename)
         if innermost and not is_ours:
-            calls_from_autograd = frame.f_code.co_name == "_engine_run_backward"
+            is_waited_in_cpp = frame.f_code.co_name == "_engine_run_backward" or frame.f_code.co_filename.endswith(_WAITING_IN_CPP)
             innermost = False
         if is_users:
-            return frame, calls_from_autograd
+            return frame, is_waited_in_cpp
         frame = frame.f_back
-    return None, calls_from_autograd
+    return None, is_waited_in_cpp
 
 
 @functools.lru_cache(maxsize=4096)  # each cell is a file

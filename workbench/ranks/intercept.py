@@ -5,8 +5,8 @@
     dist.new_group ---------------------------------> here: wait for the whole world -> torch
 
 Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared at once, and
-wait there when their work is waited for; gloo has begun by then, so a stop shuts its connections. Those of the autograd engine, whose
-order is the same on all ranks, count as blocking: C++ waits for them.
+wait there when their work is waited for; gloo has begun by then, so a stop shuts its connections. Those of DDP, whose order is the same on
+all ranks, count as blocking: C++ waits for them.
 
 Knows torch, groups and generations of this rank. Does not know the driver: it is given what to call.
 """
@@ -388,16 +388,16 @@ class Interceptor:
             )
 
     def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
-        frame, calls_from_autograd = user_frame(3)
+        frame, is_waited_in_cpp = user_frame(3)
         if self.hooks and any([hook.before(operation, args) for hook in self.hooks]):
             call = self._describe(operation, group, args, frame)
             for hook in self.hooks:  # a tape holds it too, its tensors as they were
                 hook.begun(operation.name, call.text, call.line, tensors_in(args[0]))()
             return dropped(name, args)
         is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
-        is_later = not is_blocking and not calls_from_autograd
+        is_later = not is_blocking and not is_waited_in_cpp
         started = time.monotonic_ns()
-        meets = self.is_checked or calls_from_autograd  # C++ waits for those of DDP, where nobody sees it
+        meets = self.is_checked or is_waited_in_cpp  # C++ waits for those of DDP, where nobody sees it
         if meets:
             call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO if is_later else AreaState.ON_BOARD)
             self._meet(call, waits=not is_later)
@@ -409,7 +409,7 @@ class Interceptor:
                 call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
-            if calls_from_autograd:
+            if is_waited_in_cpp:
                 self._keep(work)
             if is_later:
                 call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
