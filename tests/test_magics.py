@@ -38,6 +38,14 @@ def test_a_cell_may_choose_ranks_by_axis(shell, capsys):
     assert capsys.readouterr().out == "[rank 1] 1\n[rank 3] 3\n"
 
 
+def test_a_selector_may_have_spaces(shell, capsys):
+    ranks(shell, "0, 2", "rank")
+    ranks(shell, "dp=1, tp=1", "rank")
+    assert capsys.readouterr().out == "[rank 0] 0\n[rank 2] 2\n[rank 3] 3\n"
+    with pytest.raises(UsageError, match="'0 2', which is no rank and no range"):
+        ranks(shell, "0 2", "rank")
+
+
 def test_a_long_cell_is_streamed_while_it_runs(shell, capsys):
     ranks(shell, "", "import time\nfor i in range(8):\n    print('tick', i, flush=True)\n    time.sleep(0.25)\nrank // 2")
     lines = capsys.readouterr().out.splitlines()
@@ -103,6 +111,8 @@ def test_a_wrong_verb_is_told(shell, line, told):
 def test_wrong_arguments_are_told(shell):
     with pytest.raises(UsageError, match="'tp' is no degree; write axis=number"):
         shell.run_line_magic("launch", "4 --layout tp")
+    with pytest.raises(UsageError, match="--layout tensor=2: 'tensor' is no axis; axes are dp, pp, pcp, tp, dcp"):
+        shell.run_line_magic("launch", "4 --layout tensor=2")
     with pytest.raises(UsageError, match="unrecognized arguments: --fast"):
         ranks(shell, "0 --fast", "1")
 

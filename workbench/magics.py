@@ -49,6 +49,7 @@ _VERBS = {
     "close": "end the ranks",
 }
 _STOP_LIMIT_S = 15.0
+_DEGREES = ("dp", "pp", "pcp", "tp", "dcp")
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -84,7 +85,7 @@ _LAUNCH = _parser(
 )
 _CELL = _parser(
     "%%ranks",
-    (["selector"], {"nargs": "?", "default": None}),
+    (["selector"], {"nargs": "*"}),
     (["--timeout"], {"type": float, "default": None}),
     (["--bg"], {"action": "store_true"}),
     (["--out"], {"default": None}),
@@ -161,13 +162,14 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
         if cell is None:
             return self._steer(_words(line))
         arguments = _CELL.parse_args(_words(line))
+        selector = " ".join(arguments.selector) or None  # "0, 2" and "dp=1, pp=0" are written with a space too
         cluster = _cluster_of(self.shell)
         cell, asked, detail_level = split_question(cell)
         if asked:
             return self._run_and_describe(line, cell, asked, detail_level)
         stream = Stream(lambda: output_file(home() / "output", _file_name(handle)))
         try:
-            handle = cluster.execute(cell, arguments.selector, timeout_s=arguments.timeout, block=False, on_output=stream.take)
+            handle = cluster.execute(cell, selector, timeout_s=arguments.timeout, block=False, on_output=stream.take)
         except SyntaxError as error:
             error.is_of_cell = True  # type: ignore[attr-defined]  # see _show_error
             raise
@@ -359,13 +361,13 @@ def _layout(text: str, world_size: int) -> Layout:
     degrees: dict[str, int] = {}
     for part in text.split(","):
         axis, _, degree = part.partition("=")
+        if axis.strip() not in _DEGREES:
+            raise BadLine(f"--layout {text}: {axis.strip()!r} is no axis; axes are {', '.join(_DEGREES)}")
         if not degree.strip().isdigit():
             raise BadLine(f"--layout {text}: {part!r} is no degree; write axis=number, as in tp=2,pp=2")
         degrees[axis.strip()] = int(degree)
     try:
         return Layout(world_size=world_size, **degrees)
-    except TypeError as error:
-        raise BadLine(f"--layout {text}: {error}; axes are dp, pp, pcp, tp, dcp") from None
     except LayoutError as error:
         raise BadLine(f"--layout {text}: {error}") from None
 
