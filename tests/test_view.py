@@ -27,6 +27,23 @@ from workbench.run import Run
 from workbench.view.report import Section, write_report
 from workbench.view.style import FULL_SIZE, OKABE_ITO, SMALL_SIZE, PictureAxes, alt_text, figure_png, rank_blocks, rank_color
 
+
+@pytest.mark.parametrize(
+    "view, needed",
+    [
+        ("layout_explorer", "a layout, such as wb.Layout(world_size=8, tp=2) or cluster.layout"),
+        ("plot_layout", "a layout, such as wb.Layout(world_size=8, tp=2) or cluster.layout"),
+        ("length_explorer", "a run: what wb.rollout gave, or wb.load_run(folder)"),
+        ("memory_explorer", "a run: what wb.rollout gave, or wb.load_run(folder)"),
+        ("live", "a cluster that is up: what wb.launch gave"),
+    ],
+)
+def test_what_a_view_cannot_show_is_told(view, needed):
+    with pytest.raises(TypeError) as caught:
+        getattr(wb.view, view)(pd.DataFrame())
+    assert str(caught.value) == f"{view}(DataFrame): nothing to show there\nneeded: {needed}"
+
+
 PLOTS = ("plot_lengths", "plot_timeline", "plot_memory")
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from workbench.errors import LayoutError
 from workbench.plan.layout import Layout
+from workbench.view.given import check_given
 from workbench.view.rank_grid import RankGrid, group_indices, rank_grid
 from workbench.view.style import FULL_SIZE, INK, add_legend, house_style, is_small, new_axes, rank_color, set_finding
 
@@ -36,7 +37,9 @@ def plot_layout(layout: Layout, *, color_by: str = "tp", ax: Axes | None = None,
 
     Raises:
         LayoutError: the layout has no such axis.
+        TypeError: it is no layout.
     """
+    check_given("plot_layout", layout, "mesh_axes", needed="a layout, such as wb.Layout(world_size=8, tp=2) or cluster.layout")
     check_axis(layout, color_by)
     grid, groups = rank_grid(layout), group_indices(layout, color_by)
     size = size or _fitting_size(layout, grid)

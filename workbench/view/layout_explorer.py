@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from workbench.errors import LayoutError
 from workbench.plan.layout import Layout
 from workbench.plan.partition import PARTITION_VARIABLE
+from workbench.view.given import check_given
 from workbench.view.layout import NUM_COLORS, check_axis, plot_layout
 from workbench.view.layout_spec import LayoutSpec, code_of, layout_of, spec_of
 from workbench.view.moving import read_scripts
@@ -143,7 +144,9 @@ def layout_explorer(layout: Layout, cluster: UsesLayouts | None = None, *, color
 
     Raises:
         LayoutError: the layout has no such axis, or is too large.
+        TypeError: it is no layout.
     """
+    check_given("layout_explorer", layout, "mesh_axes", needed="a layout, such as wb.Layout(world_size=8, tp=2) or cluster.layout")
     return LayoutExplorer(layout, cluster, color_by=color_by, num_layers=num_layers)
 
 

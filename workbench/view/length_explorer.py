@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import pandas as pd
 
 from workbench.records import FinishedCompletion
+from workbench.view.given import check_given
 from workbench.view.idle import plot_idle
 from workbench.view.lengths import plot_lengths
 from workbench.view.moving import MovingWidget, read_scripts
@@ -101,7 +102,12 @@ def length_explorer(source: Run | FollowedRun) -> LengthExplorer:
     Args:
         source: a run; or a rollout that runs, whose lengths appear as requests finish:
             `wb.rollout(..., live=lambda live_run: wb.view.length_explorer(live_run).show())`.
+
+    Raises:
+        TypeError: it is neither.
     """
+    if not isinstance(source, FollowedRun):
+        check_given("length_explorer", source, "completions", needed="a run: what wb.rollout gave, or wb.load_run(folder)")
     return LengthExplorer(source)
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from workbench.errors import ClusterClosed
 from workbench.frames import memory_frame, timeline_frame
 from workbench.records import ClusterSnapshot, Diagnosis, Span
+from workbench.view.given import check_given
 from workbench.view.memory import plot_memory
 from workbench.view.memory_history import MemoryHistory
 from workbench.view.moving import MovingWidget, read_scripts
@@ -171,7 +172,9 @@ def live(cluster: WatchedCluster) -> LivePanel:
 
     Raises:
         ClusterClosed: there is nothing to watch.
+        TypeError: it is no cluster.
     """
+    check_given("live", cluster, "observe", needed="a cluster that is up: what wb.launch gave")
     return LivePanel(cluster)
 
 

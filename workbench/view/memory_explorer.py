@@ -12,6 +12,7 @@ import traitlets
 from anywidget import AnyWidget
 from numpy.typing import NDArray
 
+from workbench.view.given import check_given
 from workbench.view.memory import asleep_stretches, device_total, memory_layers, plot_memory
 from workbench.view.moving import read_scripts
 from workbench.view.report import sleep_words
@@ -58,7 +59,11 @@ def memory_explorer(run: Run) -> MemoryExplorer:
     """Memory stacked by process, the engine's weights and KV cache apart where it slept; spans and idle time of each rank under it.
 
     Move the mouse over it, or the arrow keys, for the values and what every rank did at that time.
+
+    Raises:
+        TypeError: it is no run.
     """
+    check_given("memory_explorer", run, "sleep_report", needed="a run: what wb.rollout gave, or wb.load_run(folder)")
     return MemoryExplorer(run)
 
 
