@@ -83,3 +83,19 @@ def test_counts_that_do_not_fit_are_told(counts: list[Any], needs: str) -> None:
 def test_origins_that_do_not_fit_are_told() -> None:
     with pytest.raises(ValueError, match="origins has 1 entries for 2 prompts"):
         expand(["a", "b"], Sampling(), origins=origins((0, 0)))
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"max_tokens": "64"}, "Sampling(max_tokens='64'): max_tokens must be an int of at least 1"),
+        ({"max_tokens": 0}, "Sampling(max_tokens=0): max_tokens must be an int of at least 1"),
+        ({"temperature": "hot"}, "Sampling(temperature='hot'): temperature must be a number of at least 0.0 (0.0 is greedy)"),
+        ({"top_p": 2}, "Sampling(top_p=2): top_p must be in (0, 1]"),
+        ({"min_tokens": 65}, "Sampling(min_tokens=65): min_tokens must be between 0 and max_tokens, 64"),
+    ],
+)
+def test_sampling_that_cannot_be_is_told(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Sampling(**options)
+    assert str(caught.value) == told

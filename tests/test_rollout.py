@@ -130,6 +130,38 @@ def test_prompts_that_cannot_be_are_told_and_harm_nothing(cluster, engine, promp
     assert engine.status == "awake" and cluster.execute("group.barrier(); 1")[3].result_text == "1"
 
 
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"max_tokens": 5, "n": 2}, "max_tokens is part of the sampling; pass sampling=wb.Sampling(max_tokens=5, n=2)"),
+        ({"sampling": {"n": 2}}, "sampling is {'n': 2} (dict); pass wb.Sampling(n=..., max_tokens=...)"),
+        ({"num_step": 2}, "rollout has no option 'num_step'; options of a new engine do not go with engine="),
+    ],
+)
+def test_options_that_cannot_be_are_told_before_anything_starts(cluster, engine, options, told):
+    with pytest.raises(TypeError) as caught:
+        roll(cluster, FLAT, engine, **options)
+    assert told in str(caught.value)
+
+
+def test_what_is_no_cluster_is_told():
+    with pytest.raises(TypeError, match=r"rollout takes a cluster first, not int: 4; cluster = wb.launch\(4\) is one"):
+        wb.rollout(4, FLAT)
+
+
+def test_an_engine_that_was_closed_is_told_and_no_rank_waits_for_it(cluster):
+    closed = wb.start_engine(cluster, backend="hf")
+    with pytest.raises(TypeError, match=r"named_tensors is a dict; update_weights takes pairs of name and tensor: pass its items\(\)"):
+        closed.update_weights({}, version=1)
+    with pytest.raises(TypeError, match="sampling is 5 "):
+        closed.generate(["1+1="], 5)
+    with pytest.raises(TypeError, match="an engine's handle stays in the process that started it"):
+        cluster.push({"engine": closed})
+    closed.close()
+    with pytest.raises(wb.EngineError, match="the engine is closed\nstart another"):
+        roll(cluster, FLAT, closed)
+
+
 def test_a_function_that_raises_on_one_rank_is_that_ranks_failure(cluster, engine):
     def give():
         if wb.current().rank == 2:

@@ -9,6 +9,7 @@ import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -156,21 +157,27 @@ class Sampling:
         checks = (
             (_is_int(self.n) and self.n >= 0, "n", "an int of at least 0"),
             (_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", "an int of at least 1"),
-            (self.temperature >= 0.0, "temperature", "at least 0.0 (0.0 is greedy)"),
-            (0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]"),
+            (_is_number(self.temperature) and self.temperature >= 0.0, "temperature", "a number of at least 0.0 (0.0 is greedy)"),
+            (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]"),
             (_is_int(self.top_k) and self.top_k >= 0, "top_k", "an int of at least 0 (0 keeps all tokens)"),
-            (0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]"),
-            (_is_int(self.min_tokens) and 0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens"),
+            (_is_number(self.min_p) and 0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]"),
+            (_is_int(self.min_tokens) and self.min_tokens >= 0, "min_tokens", "an int of at least 0"),
             (self.seed is None or _is_int(self.seed), "seed", "an int or None"),
         )
         for is_good, name, needed in checks:
             if not is_good:
                 raise ValueError(f"Sampling({name}={getattr(self, name)!r}): {name} must be {needed}")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"Sampling(min_tokens={self.min_tokens}): min_tokens must be between 0 and max_tokens, {self.max_tokens}")
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,6 +445,10 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return self.text
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows in a terminal."""
+        printer.text(self.text)
 
     def _repr_html_(self) -> str:
         waits = "".join(

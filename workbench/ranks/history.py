@@ -237,6 +237,9 @@ def as_one_call(function: F) -> F:
 
     @functools.wraps(function)
     def recorded(cluster: Cluster, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(cluster, "history"):
+            seen = f"{function.__name__} takes a cluster first, not {type(cluster).__name__}: {cluster!r}"
+            raise TypeError(f"{seen}; cluster = wb.launch(4) is one")
         with cluster.history.call(recorded, args, kwargs) as given:
             given.append(function(cluster, *args, **kwargs))
         return given[0]

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from workbench.errors import EngineError
 from workbench.ranks.history import History
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = ["EngineHandle", "EngineSpec"]
+__all__ = ["EngineHandle", "EngineSpec", "check_sampling"]
 
 T = TypeVar("T")
 _CLOSE_GRACE_S = 3.0
@@ -117,9 +117,10 @@ class EngineHandle:
             EngineError: asleep, dead or failed.
         """
         with self._entry("generate", prompts, sampling, num_samples=num_samples) as given:
-            self._check_alive()
+            self.check_alive()
             if isinstance(prompts, str):
                 raise ValueError(f"prompts is one text, {prompts[:80]!r}; generate takes a list of prompts: [{prompts[:20]!r}]")
+            check_sampling(sampling)
             first = self._hosts[: self.spec.tp]
             with self.in_phase("generate"):
                 batches = self._each(lambda host: host.client.generate(prompts, sampling, num_samples=num_samples), first)
@@ -136,7 +137,7 @@ class EngineHandle:
             The slowest process's times, the bytes of all; `note` says where it was a no-op.
         """
         with self._entry("sleep", level) as given:
-            self._check_alive()
+            self.check_alive()
             if level not in (0, 1, 2):
                 raise ValueError(f"sleep level is {level!r}; it must be 0 (pause), 1 (weights to a file) or 2 (weights discarded)")
             times = self._sleep(level)
@@ -159,7 +160,7 @@ class EngineHandle:
     def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
         """Wake every process; `tags` of "weights" and "kv_cache" wake a part."""
         with self._entry("wake_up", tags) as given:
-            self._check_alive()
+            self.check_alive()
             times = self._wake_up(tags)
             given.append(told_phase(self.status, times))
         return times
@@ -178,9 +179,11 @@ class EngineHandle:
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """Replace weights in every process, all or nothing; see `Engine.update_weights`."""
+        if isinstance(named_tensors, Mapping):
+            raise TypeError("named_tensors is a dict; update_weights takes pairs of name and tensor: pass its items()")
         pairs = [(name, tensor.detach().cpu()) for name, tensor in named_tensors]
         with self._entry("update_weights", pairs, version) as given:
-            self._check_alive()
+            self.check_alive()
             start = time.monotonic()
             with self.in_phase("update_weights"):
                 self._each(lambda host: host.client.update_weights(pairs, version))
@@ -191,7 +194,7 @@ class EngineHandle:
         """A row a process: rank, pid, weights_bytes, kv_cache_bytes, other_bytes, host_backup_bytes."""
         import pandas as pd
 
-        self._check_alive()
+        self.check_alive()
         rows = self._each(lambda host: host.client.memory())
         return pd.DataFrame(
             [{**asdict(row), "rank": host.rank, "pid": host.address.pid} for row, host in zip(rows, self._hosts, strict=True)]
@@ -265,6 +268,9 @@ class EngineHandle:
         size = f", {len(self._hosts)} processes" if len(self._hosts) > 1 else ""
         return f"<engine {self.spec.model} ({self.spec.backend}, {self.spec.mode}{size}): {self.status}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an engine's handle stays in the process that started it; on ranks wb.rollout and the engine's own groups reach it")
+
     def __digest__(self) -> EngineSpec:
         """What must be equal of an engine that is started again."""
         return self.spec
@@ -273,7 +279,12 @@ class EngineHandle:
         """What is asked within the block stands in the cluster's session, with what is appended."""
         return self._history.method(self, f"engine.{verb}", args, kwargs)
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Refuse to go on with an engine that was closed.
+
+        Raises:
+            EngineError: it was.
+        """
         if self._is_closed:
             raise EngineError("the engine is closed\nstart another: wb.start_engine(cluster, ...)")
 
@@ -299,6 +310,12 @@ class EngineHandle:
                     if math.isnan(self.sleeps[index].wake_s):
                         self.sleeps[index] = replace(self.sleeps[index], regained_bytes=num_bytes, wake_s=wake_s)
                     break
+
+
+def check_sampling(sampling: Any) -> None:
+    """Refuse what is no `Sampling` before it is sent."""
+    if not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling is {sampling!r} ({type(sampling).__name__}); pass wb.Sampling(n=..., max_tokens=...)")
 
 
 def _report(step: int, rank: int, times: PhaseTimes, freed_bytes: int, sleep_s: float) -> SleepReport:

@@ -12,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from workbench.ranks.memory import MemorySampler
 from workbench.records import RolloutBatch, Sampling, Span
 from workbench.rollout.client import Address, EngineClient
 from workbench.rollout.following import Live, followed
-from workbench.rollout.handle import EngineHandle
+from workbench.rollout.handle import EngineHandle, check_sampling
 from workbench.rollout.shards import Shard, shard_prompts
 from workbench.rollout.start import check_mode, start_engine
 from workbench.run import Run
@@ -38,6 +38,7 @@ __all__ = ["rollout"]
 _kept: weakref.WeakKeyDictionary[Cluster, EngineHandle] = weakref.WeakKeyDictionary()  # at most one idle engine a cluster, asleep
 _WAYS = (None, "scatter", "broadcast")
 _ON_ERROR = ("raise", "keep")
+_OF_SAMPLING = {field.name for field in fields(Sampling)} - {"seed"}  # an engine has a seed too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,12 +94,13 @@ def rollout(
         The records of the run.
 
     Raises:
-        ValueError: an argument does not fit; nothing was sent.
+        TypeError, ValueError: an argument does not fit; nothing was sent.
         EngineError: the engine refused, failed or died; the ranks live on.
         RankError: a rank failed.
     """
-    sampling = sampling or Sampling()
-    _check(num_steps, sleep_level, scatter, on_error)
+    sampling = Sampling() if sampling is None else sampling
+    options = {"num_steps": num_steps, "sleep_level": sleep_level, "scatter": scatter, "on_error": on_error}
+    _check(engine, sampling, engine_options, **options)
     if engine is None:
         check_mode(mode, tp, backend, cluster.world_size)
     shards = shard_prompts(prompts, cluster.world_size, num_samples=num_samples)
@@ -107,7 +109,6 @@ def rollout(
     engine_options |= {"model": model, "mode": mode, "tp": tp, "backend": backend, "kv_cache_bytes": kv_cache_bytes}
     engine = engine or _own_engine(cluster, start_spans, **engine_options)
     recorder = _Recorder(cluster, engine, started, start_spans)
-    options = {"num_steps": num_steps, "sleep_level": sleep_level, "scatter": scatter, "on_error": on_error}
     with followed(live, engine, recorder.sampler, num_steps=num_steps, start_s=started) as live_run:
         for live_run.step in range(num_steps):
             recorder.step(_order(engine, live_run.step, shards, sampling, scatter, on_error), sleep_level)
@@ -130,7 +131,17 @@ def _order(engine: EngineHandle, step: int, shards: tuple[Shard, ...], sampling:
     )
 
 
-def _check(num_steps: Any, sleep_level: Any, scatter: Any, on_error: Any) -> None:
+def _check(
+    engine: EngineHandle | None,
+    sampling: Any,
+    engine_options: Mapping[str, Any],
+    *,
+    num_steps: Any,
+    sleep_level: Any,
+    scatter: Any,
+    on_error: Any,
+) -> None:
+    _check_engine(engine, sampling, engine_options)
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps is {num_steps!r}; it must be an int of at least 1")
     for name, value, allowed in (
@@ -140,6 +151,18 @@ def _check(num_steps: Any, sleep_level: Any, scatter: Any, on_error: Any) -> Non
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}")
+
+
+def _check_engine(engine: EngineHandle | None, sampling: Any, engine_options: Mapping[str, Any]) -> None:
+    check_sampling(sampling)
+    misplaced = sorted(_OF_SAMPLING & engine_options.keys())
+    if misplaced:
+        given = ", ".join(f"{name}={engine_options[name]!r}" for name in misplaced)
+        raise TypeError(f"{misplaced[0]} is part of the sampling; pass sampling=wb.Sampling({given})")
+    if engine is not None:
+        engine.check_alive()
+        if engine_options:
+            raise TypeError(f"rollout has no option {sorted(engine_options)[0]!r}; options of a new engine do not go with engine=")
 
 
 def _own_engine(cluster: Cluster, spans: list[Span], **options: Any) -> EngineHandle:
