@@ -259,6 +259,11 @@ OWN = (
 )
 
 
+def test_where_ranks_are_is_told_though_none_waits_for_another(cluster):
+    text = stopped(cluster, "import time\nif rank: time.sleep(60)\nwhile True: pass", wb.RankTimeout, timeout_s=0.5)
+    assert "rank 0 is computing, line 3: while True: pass; ranks 1, 2, 3 sleep, or wait for something that is no collective, line 2" in text
+
+
 def test_what_was_made_before_a_harmless_stop_stays_valid():
     with wb.launch(2) as cluster:
         cluster.execute(OWN)

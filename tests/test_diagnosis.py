@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+from IPython.lib.pretty import pretty
 
 import workbench as wb
 from workbench.ranks.cluster import Cluster
@@ -245,6 +246,7 @@ def test_computing_and_sleeping_are_told_apart_with_their_stacks(cluster):
     assert found.sentence.startswith(
         "ranks 0, 3 wait in barrier (line 5); rank 1 is computing, line 2: while True: pass; rank 2 sleeps, or"
     )
+    assert pretty(found) == found.text
     page = found._repr_html_()
     assert "<details><summary>Python stack</summary>" in page and "&lt;cell 2&gt;" in page
 

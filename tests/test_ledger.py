@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from IPython.lib.pretty import pretty
 
 import workbench as wb
 from workbench.ranks.board import Board
@@ -56,6 +57,7 @@ def test_the_bill_names_the_late_rank_and_those_who_waited(cluster, call):
     assert bill.sentence.startswith(f"in cell {cell} rank 1 made the others wait 0.") or owed[0] + owed[2] >= 1
     assert "of all waiting), most in " in bill.sentence and "of group 'world'" in bill.sentence
     assert str(bill).startswith(bill.sentence) and "<table" in bill._repr_html_() and "waited_s" in str(bill)
+    assert pretty(bill) == str(bill)
 
 
 def test_time_of_work_beside_an_asynchronous_call_is_no_wait(cluster):

@@ -68,6 +68,8 @@ def diagnose(board: Board, scene: Scene) -> Diagnosis:
     lost = {rank: waiter for rank, waiter in hopeless.items() if _lacks_for_good(scene, waiter)}
     circle = () if lost else _circle(hopeless)
     needed = {rank for waiter in waiting.values() for rank in waiter.missing} | _paused(scene)
+    if not waiting and scene.looks:  # nobody waits for anybody: then where is everybody?
+        needed |= scene.running
     missing = {rank: _absent(scene, rank, waiting) for rank in sorted(needed)} | _odd_ones(board, scene, posted, waiting)
     return Diagnosis(
         waiting=waiting,
@@ -267,7 +269,7 @@ def _causes(cause: str, ranks: Sequence[int]) -> str:
         return f"{_names(ranks)} {cause}"
     first, _, rest = cause.partition(" ")
     plural = {"is": "are", "does": "do", "has": "have", "waits": "wait", "sleeps,": "sleep,"}.get(first, first)
-    return f"{_names(ranks)} {plural} {rest}"
+    return f"{_names(ranks)} {plural} {rest.replace('or waits', 'or wait', 1)}"
 
 
 def _ranks(ranks: Sequence[int], verb: str) -> str:

@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
@@ -79,7 +79,7 @@ class Replayed:
     result: Any
     result_texts: tuple[str, ...]
     collectives: tuple[Collective, ...]
-    names: dict[str, Any]
+    names: dict[str, Any] = field(repr=False)
     is_cut_short: bool
     freed_from: str = ""
     differing_results: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ import html
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from workbench.ranks.board import Board
 from workbench.ranks.messages import GroupFormed
@@ -37,6 +37,10 @@ class Stragglers:
 
     def __str__(self) -> str:
         return self.sentence + (f"\n{self.frame.to_string(index=False)}" if len(self.frame) else "")
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows in a terminal."""
+        printer.text(str(self))
 
     def _repr_html_(self) -> str:
         return f"<div>{html.escape(self.sentence)}</div>{self.frame.to_html(index=False) if len(self.frame) else ''}"
