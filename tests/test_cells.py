@@ -94,9 +94,15 @@ def test_pull_takes_expressions(cluster):
     [
         (lambda c: c.run("x = 1"), "cluster.run takes a function, not str: 'x = 1'; cluster.execute runs source text"),
         (lambda c: c.push({"a b": 1}), "push: 'a b' is no name; every key must be an identifier"),
+        (lambda c: c.push("x"), "push takes a dict of names and values, not str: 'x'; push({\"x\": x}) binds x"),
         (lambda c: c.execute("x ="), "invalid syntax"),
+        (lambda c: c.execute(len), "cluster.execute takes source text, not builtin_function_or_method: <built-in function len>"),
+        (lambda c: c.execute("rank", timeout_s="5"), "timeout_s is '5'; it must be seconds above 0, or None for no limit"),
+        (lambda c: c.execute("rank", timeout_s=0), "timeout_s is 0; it must be seconds above 0, or None for no limit"),
+        (lambda c: c.pull(["x"]), "pull takes one name or expression as text, not list: ['x']; \"(x, y)\" brings two"),
         (lambda c: c.pull("x = 1"), "invalid syntax"),
         (lambda c: c.respawn(1), "rank 1 is alive (pid "),
+        (lambda c: c.use("tp=2"), "use takes a layout, not str: 'tp=2'; wb.Layout(world_size=4, tp=...) is one"),
         (lambda c: c.use(wb.Layout(world_size=8)), "the layout has 8 ranks, the cluster 4; they must be equal\nmake a layout"),
     ],
 )
@@ -113,8 +119,10 @@ def test_what_cannot_be_is_refused_before_it_is_sent(cluster, call, told):
 def test_an_argument_that_cannot_travel_is_told_in_the_driver(cluster):
     with pytest.raises(TypeError, match=r"an argument of consume\(\) cannot travel to the ranks: .*lock.*\npass numbers, arrays"):
         cluster.run(consume, threading.Lock())
-    with pytest.raises(TypeError, match=r"push: a value cannot travel to the ranks: .*generator"):
+    with pytest.raises(TypeError, match=r"push: x \(generator\) cannot travel to the ranks: .*generator"):
         cluster.push({"x": (i for i in range(2))})
+    with pytest.raises(TypeError, match=r"a cluster stays in the process that launched it; on ranks wb.current\(\) has rank, world_size"):
+        cluster.run(lambda: cluster.world_size)
     assert cluster.run(world_sum) == [6.0] * 4
 
 
@@ -125,6 +133,24 @@ def consume(value):
 def test_a_result_that_cannot_travel_names_its_type(cluster):
     with pytest.raises(wb.RankFailed, match=r"the result of .* cannot travel to the driver: a generator cannot be pickled"):
         cluster.run(lambda: (i for i in range(3)))
+    with pytest.raises(wb.RankFailed, match=r"open_range cannot travel to the driver: a generator cannot be pickled .*\nbring numbers"):
+        cluster.execute("open_range = (i for i in range(3))")
+        cluster.pull("open_range")
+
+
+def test_what_the_workbench_refuses_on_a_rank_ends_with_the_users_own_line(cluster):
+    with pytest.raises(wb.CollectiveMismatch) as caught:
+        cluster.execute("x = torch.ones(rank + 1)\ndist.all_reduce(x)")
+    assert "----> 2 dist.all_reduce(x)" in caught.value.rank_traceback and "intercept.py" not in caught.value.rank_traceback
+    assert str(caught.value).count("every rank of a group must make the same calls") == 1
+    with pytest.raises(wb.RankFailed) as caught:
+        cluster.pull("nowhere")
+    assert "rank.py" not in str(caught.value)
+
+
+def test_a_peer_outside_the_group_is_named(cluster):
+    with pytest.raises(wb.RankFailed, match=r"send to rank 7: group 'world' has ranks \(0, 1, 2, 3\)"):
+        cluster.execute("if rank == 1: dist.send(torch.ones(1), 7)")
 
 
 @pytest.mark.parametrize("kind", ["ValueError('bad')", "SystemExit(3)", "KeyError('k')", "BaseException('base')", "StopIteration()"])

@@ -13,7 +13,7 @@ import time
 import traceback
 from types import FrameType, ModuleType, TracebackType
 
-from workbench.errors import CollectiveMismatch
+from workbench.errors import CollectiveMismatch, WorkbenchError
 from workbench.ranks.messages import CellError
 
 __all__ = ["file_of", "frames_of", "names_of", "run_source", "tell"]
@@ -61,11 +61,23 @@ def tell(error: BaseException) -> CellError:
 def _traceback(error: BaseException) -> str:
     """Its stack and those of its causes; frames of a cell with the lines around the one that is marked."""
     told = traceback.TracebackException(type(error), error, _users_part(error.__traceback__))
+    if isinstance(error, WorkbenchError):
+        told.stack = _down_to_the_call(told.stack)
     one: traceback.TracebackException | None = told
     while one is not None:
         one.stack = _Frames(one.stack)
         one = one.__cause__ or one.__context__
-    return "".join(told.format()).rstrip()
+    text = "".join(told.format()).rstrip()
+    if isinstance(error, WorkbenchError):  # its text of several lines stands above the traceback already
+        first, _, rest = _message(error).rstrip().partition("\n")
+        text = text.removesuffix(f"\n{rest}") if rest else text
+    return text
+
+
+def _down_to_the_call(stack: traceback.StackSummary) -> traceback.StackSummary:
+    """A stack without the libraries' frames at its end: the workbench refused what the user's own last line called."""
+    own = [at for at, frame in enumerate(stack) if not frame.filename.startswith((_PACKAGE, sys.prefix, sys.base_prefix))]
+    return traceback.StackSummary.from_list(stack[: own[-1] + 1]) if own else stack
 
 
 class _Frames(traceback.StackSummary):

@@ -15,10 +15,10 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from workbench.errors import ClusterBusy, ClusterClosed, LaunchError, RankFailed, RankInterrupted
 from workbench.plan.layout import Layout
@@ -147,6 +147,9 @@ class Cluster:
         state = f"{cell.name} runs" if cell else "idle"
         return f"<Cluster of {self.world_size} ranks: {state}, generation {self.generation}" + (f", dead: {dead}>" if dead else ">")
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a cluster stays in the process that launched it; on ranks wb.current() has rank, world_size and group")
+
     def _repr_html_(self) -> str:
         rows = "".join(
             f"<tr><td>{s.rank}</td><td>{s.pid}</td><td>{s.state}</td><td>{'' if s.cell is None else s.cell}</td>"
@@ -209,11 +212,15 @@ class Cluster:
         Raises:
             SyntaxError: the source cannot be compiled; nothing was sent. Otherwise as `run`.
         """
+        if not isinstance(source, str):
+            raise TypeError(f"cluster.execute takes source text, not {type(source).__name__}: {source!r}; cluster.run calls a function")
         compile(source, "<cell>", "exec")
         return self._perform(Task.SOURCE, source, None, ranks, timeout_s=timeout_s, block=block, label="", on_output=on_output)
 
     def push(self, names: dict[str, Any], ranks: Selector = None) -> None:
         """Bind names on ranks; large arrays travel without a further copy."""
+        if not isinstance(names, Mapping):
+            raise TypeError(f'push takes a dict of names and values, not {type(names).__name__}: {names!r}; push({{"x": x}}) binds x')
         bad = [name for name in names if not (isinstance(name, str) and name.isidentifier())]
         if bad:
             raise ValueError(f"push: {bad[0]!r} is no name; every key must be an identifier")
@@ -221,6 +228,8 @@ class Cluster:
 
     def pull(self, name: str, ranks: Selector = None) -> list[Any]:
         """The value of a name (or expression) on ranks, in rank order."""
+        if not isinstance(name, str):
+            raise TypeError(f'pull takes one name or expression as text, not {type(name).__name__}: {name!r}; "(x, y)" brings two')
         compile(name, "<pull>", "eval")
         values: list[Any] = self._perform(Task.PULL, name, None, ranks, label=f"pull({name!r})")
         return values
@@ -229,8 +238,11 @@ class Cluster:
         """Form the groups of a layout on all ranks: `groups["tp"]`, selectors by axis.
 
         Raises:
-            ValueError: the layout is of another world size.
+            TypeError, ValueError: it is no layout, or of another world size.
         """
+        if not isinstance(layout, Layout):
+            one = f"wb.Layout(world_size={self.world_size}, tp=...)"
+            raise TypeError(f"use takes a layout, not {type(layout).__name__}: {layout!r}; {one} is one")
         if layout.world_size != self.world_size:
             raise ValueError(
                 f"the layout has {layout.world_size} ranks, the cluster {self.world_size}; they must be equal\n"
@@ -319,6 +331,7 @@ class Cluster:
         on_output: Callable[[int, str, str], None] | None = None,
     ) -> Any:
         members = select_ranks(ranks, self.world_size, self._layout)
+        _check_timeout(timeout_s)
         if self._taped is not None and task is not Task.HOUSE:
             self._tape_fresh_ranks()
         packed = None if value is None else _pack(value, label)
@@ -403,7 +416,7 @@ class Cluster:
                 cell.finished.wait(0.05)
             except KeyboardInterrupt:
                 self._conductor.stop(cell, "interrupt")  # the second one: ranks that are stuck are killed at once
-        found = cell.diagnosis.text if cell.diagnosis and cell.diagnosis.waiting else "no rank waited in a collective"
+        found = cell.diagnosis.text if cell.diagnosis and cell.diagnosis.sentence else "no rank waited in a collective"
         print(
             f"{cell.name} interrupted; ranks free after {time.monotonic() - started:.1f} s, names kept\n{found}",
             *cell.notes,
@@ -571,15 +584,31 @@ class Cluster:
         self.close()
 
 
+def _check_timeout(timeout_s: Any) -> None:
+    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if timeout_s is not None and not (is_number and timeout_s > 0):
+        raise ValueError(f"timeout_s is {timeout_s!r}; it must be seconds above 0, or None for no limit")
+
+
 def _pack(value: Any, label: str) -> Packed:
     try:
         return pack(value)
     except Exception as error:  # pickle raises whatever the value's own hooks raise
-        what = "push: a value" if label == "push" else f"an argument of {label}"
+        what = f"push: {_first_that_stays(value)}" if label == "push" else f"an argument of {label}"
         raise TypeError(
             f"{what} cannot travel to the ranks: {error}\n"
             "pass numbers, arrays, tensors or plain objects; make the rest on the ranks, in a cell"
         ) from error
+
+
+def _first_that_stays(names: Mapping[str, Any]) -> str:
+    """The name in a push whose value cannot be pickled."""
+    for name, value in names.items():
+        try:
+            pack(value)
+        except Exception:
+            return f"{name} ({type(value).__name__})"
+    return "a value"
 
 
 def _close(processes: Processes, owned: list[Callable[[], None]], views: list[Callable[[], None]]) -> None:

@@ -528,6 +528,9 @@ class Interceptor:
                 f"{text} from any",
             )
         elif operation.is_point_to_point:
+            if not 0 <= args[2] < len(group.ranks):
+                asked = f"{operation.name} {'to' if operation.name == 'send' else 'from'} rank {args[2]}"
+                raise ValueError(f"{asked}: group {group.name!r} has ranks {group.ranks}")
             peer = group.ranks[args[2]]
             is_send = operation.name == "send"
             key = self._channel(group, self.rank, peer, args[3]) if is_send else self._channel(group, peer, self.rank, args[3])

@@ -256,18 +256,12 @@ class Rank:
         if message.task is Task.PULL:
             found = _look_up(message.text, namespace)
             self._digest = digest_of(found)
-            return "", pack(found)
+            return "", _pack(found, message.text)
         assert value is not None
         function, args, kwargs = unpack(value)
         result = function(*args, **kwargs)
         self._digest = digest_of(result) if message.task is Task.CALL else Digest()
-        try:
-            return "", pack(result)
-        except Exception as error:
-            raise TypeError(
-                f"the result of {getattr(function, '__name__', 'the function')} cannot travel to the driver: "
-                f"a {type(result).__name__} cannot be pickled ({error}); return numbers, arrays, tensors or lists of them"
-            ) from error
+        return "", _pack(result, f"the result of {getattr(function, '__name__', 'the function')}")
 
     def _run_source(self, message: RunCell) -> tuple[str, Packed | None]:
         value = cells.run_source(message.text, self.module, message.cell)
@@ -356,7 +350,18 @@ def _look_up(expression: str, names: dict[str, Any]) -> Any:
     try:
         return eval(expression, names)
     except NameError as error:
-        raise NameError(f"{error} on this rank; an earlier cell must bind it there") from None
+        told = NameError(f"{error} on this rank; an earlier cell must bind it there")
+        raise told.with_traceback(error.__traceback__.tb_next if error.__traceback__ else None) from None
+
+
+def _pack(value: Any, what: str) -> Packed:
+    try:
+        return pack(value)
+    except Exception as error:
+        raise TypeError(
+            f"{what} cannot travel to the driver: a {type(value).__name__} cannot be pickled ({error})\n"
+            "bring numbers, arrays, tensors or lists of them; look at the rest on the ranks, in a cell"
+        ) from error
 
 
 def _refuse_to_ask(rank: int) -> None:
