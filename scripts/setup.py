@@ -62,15 +62,18 @@ class Pip:
             raise SetupError(f"{explain(output)} (pip's own words: {self.log})")
 
     def _follow(self, process: "subprocess.Popen[str]", num_packages: int) -> str:
-        lines, num_found, started = [], 0, time.monotonic()
+        lines, num_found, is_fetched, started = [], 0, False, time.monotonic()
         said = started
         assert process.stdout is not None
         with open(self.log, "a") as log:
             for line in process.stdout:
                 log.write(line)
                 lines.append(line)
-                num_found += line.startswith(("Collecting ", "Processing "))
-                if time.monotonic() - said > 10 or line.startswith("Installing collected"):
+                num_found += line.startswith(("Collecting ", "Processing ", "Obtaining ", "Requirement already"))
+                if line.startswith("Installing collected"):
+                    is_fetched = True
+                    say(f"  {num_found} of {num_packages} packages fetched, {time.monotonic() - started:.0f} s; installing")
+                elif not is_fetched and time.monotonic() - said > 10:
                     said = time.monotonic()
                     say(f"  {num_found} of {num_packages} packages fetched, {said - started:.0f} s")
         return "".join(lines)
@@ -227,7 +230,7 @@ def install_lock(venv: str, device: str) -> None:
             say(f"  {torch[0]} is not where pip looks; asking PyTorch's own index")
             pip.install("--index-url", TORCH_CPU_INDEX, *torch)
     pip.install("-r", lock_path(device), num_packages=len(lines))
-    say("  compiling")  # by all cores, where pip uses one; few of the many models are ever loaded; templates may fail
+    say("  compiling, a minute or so")  # by all cores, where pip uses one; few of the many models are ever loaded; templates may fail
     command = [pip.python, "-m", "compileall", "-q", "-j", "0", "-x", "/(tests|testing|models)/", os.path.join(venv, "lib")]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
 

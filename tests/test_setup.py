@@ -109,6 +109,8 @@ def made(tmp_path_factory):
     done = project.make("setup", "DEVICE=cpu")
     assert done.returncode == 0, done.stderr
     assert "for DEVICE=cpu with Python" in done.stdout
+    lock, package = re.findall(r"  (\d of \d) packages fetched, \d+ s; installing\n", done.stdout)
+    assert lock == "2 of 2" and package == "1 of 1"
     return project
 
 
