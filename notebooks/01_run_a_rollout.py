@@ -21,7 +21,7 @@
 # **You will learn** why completions must find their way back to the rank that asked, what sleep gives back, how long
 # completions are, and what a deadlock looks like when somebody explains it.
 #
-# **You need** two cores, 2 GiB of free memory, no GPU, no network, and about two minutes.
+# **You need** two cores, 2 GiB of free memory, no GPU, no network, and about a minute.
 
 # %%
 import time

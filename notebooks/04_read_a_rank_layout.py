@@ -50,7 +50,7 @@ print("external_dp:", layout.groups("external_dp"))
 print("rank 5:", layout.coords(5))
 
 # %% [markdown]
-# The same as a picture. Neighbours on the same colour are a tp group. Before you look at the second one: which ranks pass
+# The same as a picture. Neighbours of the same colour are a tp group. Before you look at the second one: which ranks pass
 # activations on to each other?
 
 # %%

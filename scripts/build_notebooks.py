@@ -64,6 +64,7 @@ def execute(notebook: Any, folder: Path) -> None:
     client = NotebookClient(
         notebook,
         timeout=CELL_LIMIT_S,
+        coalesce_streams=True,  # how prints fall into messages differs from build to build
         resources={"metadata": {"path": str(folder)}},
         extra_arguments=["--IPKernelApp.log_level=ERROR"],  # ipykernel warns that it talks over loopback in the clear
         record_timing=False,
