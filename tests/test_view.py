@@ -236,7 +236,7 @@ def test_bars_lie_where_and_as_long_as_the_spans():
 def test_the_title_gives_each_spans_share_of_the_time_overlaps_counted_once():
     spans = [Span(step=0, rank=r, span="generate", start_s=0.5 * r, end_s=2.0 + 0.5 * r) for r in range(2)]
     spans += [Span(step=0, rank=0, span="scatter", start_s=2.5, end_s=5.0)]
-    assert title(Run(batches={}, spans=spans).plot_timeline()) == "1 step in 5 s: generate 50 %, scatter 50 % of the time"
+    assert title(Run(batches={}, spans=spans).plot_timeline()) == "1 step in 5 s: generate 50 %, scatter 50 %"
 
 
 def test_marks_and_steps_are_named():

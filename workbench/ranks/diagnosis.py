@@ -195,7 +195,7 @@ def _absent(scene: Scene, rank: int, waiting: Mapping[int, Waiter]) -> Absent:
     native = scene.native.get(rank, "")
     where, stack = "", ""
     if seen is not None and rank not in waiting:
-        where, stack = f"line {seen.line}: {seen.source}" if seen.line else "", seen.stack
+        where, stack = f"line {seen.line}: {seen.source}" if seen.line else seen.source and f"in {seen.source}", seen.stack
     elif seen is None and (line := re.search(r"\(<cell \d+>:(\d+)\)", native)):
         where = f"line {line.group(1)}"
     return Absent(rank=rank, cause=cause, where=where, cell=scene.cell, stack=stack, native=native)

@@ -125,7 +125,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """Where a rank's main thread is: line and source of the user's code (0 and "" when idle), and its Python stack.
+    """Where a rank's main thread is: line and source of the user's code (0 and the file in the workbench's, 0 and "" when idle), and stack.
 
     Attributes:
         num_threads: other Python threads of the user's; they may call collectives too.

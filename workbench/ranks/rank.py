@@ -71,6 +71,7 @@ _libc = ctypes.CDLL(None)
 _DEEPEST_STACK = 12
 _AGAIN_S = 0.01  # after which an interrupt that met a finalizer, or an import, is tried once more
 _IMPORT_S = 0.6  # that an import is given to end
+_ABOVE = __file__.rpartition("workbench/ranks/")[0]  # the folder that the package lies in
 _FINALIZE = weakref.finalize.__call__.__code__
 _IMPORTING = "<frozen importlib._bootstrap>"
 
@@ -183,10 +184,11 @@ class Rank:
         stack = stack[first:][-_DEEPEST_STACK:]
         mine = [f for f in stack if f.filename == cell_file] or [f for f in stack if "/workbench/ranks/" not in f.filename]
         place = mine[-1] if mine and self.is_running else None
+        is_own = place is not None and place.filename.startswith(f"{_ABOVE}workbench/")  # told with its file: the cell has such a line too
         return Seen(
             ticket=message.ticket,
-            line=(place.lineno or 0) if place else 0,
-            source=(place.line or "") if place else "",
+            line=(place.lineno or 0) if place and not is_own else 0,
+            source=("" if place is None else f"{place.filename.removeprefix(_ABOVE)}:{place.lineno}" if is_own else place.line or ""),
             stack="".join(traceback.format_list(stack)) if self.is_running else "",
             num_threads=sum(not _is_housekeeping(thread) for thread in threading.enumerate()),
             frames=cells.frames_of(frame) if message.with_names and self.is_running else (),

@@ -113,7 +113,7 @@ def _finding(work: pd.DataFrame) -> str:
     steps = "1 step" if num_steps == 1 else f"{num_steps} steps"
     shares = {str(kind): _covered_s(spans) / total_s if total_s else 0.0 for kind, spans in work.groupby("span")}
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
-    return f"{steps} in {total_s:.3g} s: " + ", ".join(f"{kind} {share * 100:.0f} %" for kind, share in largest) + " of the time"
+    return f"{steps} in {total_s:.3g} s: " + ", ".join(f"{kind} {share * 100:.0f} %" for kind, share in largest)
 
 
 def _covered_s(spans: pd.DataFrame) -> float:
