@@ -269,7 +269,7 @@ class EngineHandle:
         return f"<engine {self.spec.model} ({self.spec.backend}, {self.spec.mode}{size}): {self.status}>"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("an engine's handle stays in the process that started it; on ranks wb.rollout and the engine's own groups reach it")
+        raise TypeError("an engine's handle stays in the process that started it; call it there, or have wb.rollout call it from the ranks")
 
     def __digest__(self) -> EngineSpec:
         """What must be equal of an engine that is started again."""
