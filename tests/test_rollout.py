@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -164,14 +167,18 @@ def test_an_engine_that_was_closed_is_told_and_no_rank_waits_for_it(cluster):
 
 
 def test_who_waits_for_the_engine_is_told_with_the_file_and_no_line_of_a_cell(cluster, engine):
-    long = wb.Sampling(n=32, max_tokens=400, ignore_eos=True)
-    with ThreadPoolExecutor(1) as pool:
-        rolling = pool.submit(roll, cluster, FLAT, engine, sampling=long)
-        told = ""
-        while not rolling.done() and "rank 0 sleeps" not in told:
-            told = cluster.diagnose().sentence
-        assert "rank 0 sleeps, or waits for something that is no collective, in workbench/rollout/client.py:" in told
-        rolling.result()
+    os.kill(engine.pids[0], signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            rolling = pool.submit(roll, cluster, FLAT, engine)
+            told, until = "", time.monotonic() + 10
+            while "client.py" not in told and time.monotonic() < until:
+                told = cluster.diagnose().sentence
+            os.kill(engine.pids[0], signal.SIGCONT)
+            assert "rank 0 sleeps, or waits for something that is no collective, in workbench/rollout/client.py:" in told
+            rolling.result()
+    finally:
+        os.kill(engine.pids[0], signal.SIGCONT)
 
 
 def test_a_function_that_raises_on_one_rank_is_that_ranks_failure(cluster, engine):

@@ -72,6 +72,8 @@ _DEEPEST_STACK = 12
 _AGAIN_S = 0.01  # after which an interrupt that met a finalizer, or an import, is tried once more
 _IMPORT_S = 0.6  # that an import is given to end
 _ABOVE = __file__.rpartition("workbench/ranks/")[0]  # the folder that the package lies in
+_PACKAGE = f"{_ABOVE}workbench/"
+_LIBRARIES = (_PACKAGE, sys.prefix, sys.base_prefix)
 _FINALIZE = weakref.finalize.__call__.__code__
 _IMPORTING = "<frozen importlib._bootstrap>"
 
@@ -182,9 +184,12 @@ class Rank:
         ours = max((place for place, f in enumerate(stack) if f.filename == __file__), default=-1)  # what calls the cell
         first = next((place for place, f in enumerate(stack) if f.filename == cell_file), ours + 1)
         stack = stack[first:][-_DEEPEST_STACK:]
-        mine = [f for f in stack if f.filename == cell_file] or [f for f in stack if "/workbench/ranks/" not in f.filename]
-        place = mine[-1] if mine and self.is_running else None
-        is_own = place is not None and place.filename.startswith(f"{_ABOVE}workbench/")  # told with its file: the cell has such a line too
+        outside = [f for f in stack if "/workbench/ranks/" not in f.filename]
+        own = [f for f in outside if f.filename.startswith(_PACKAGE)]
+        users = [f for f in stack if f.filename == cell_file] or [f for f in outside if not f.filename.startswith(_LIBRARIES)]
+        found = users or own or outside
+        place = found[-1] if found and self.is_running else None
+        is_own = place is not None and place in own  # told with its file: the cell has such a line too
         return Seen(
             ticket=message.ticket,
             line=(place.lineno or 0) if place and not is_own else 0,
