@@ -465,6 +465,19 @@ def test_a_stop_in_the_middle_of_a_large_message_loses_no_names(check, sends, re
         assert cluster.execute("len(wb.current().process.interceptor._left)", ranks=0)[0].result_text == "1"
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_a_stop_in_the_middle_of_a_large_reduction_of_a_model_loses_no_names(check):
+    with wb.launch(2, check_collectives=check) as cluster:
+        cluster.execute("kept = rank\nnet, x = torch.nn.Linear(3000, 3000), torch.ones(1, 3000)")
+        source = "model = torch.nn.parallel.DistributedDataParallel(net)\nwhile True: model(x).sum().backward()"
+        cluster.execute("torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))")  # what that imports may take longer than a stop
+        for _ in range(2):
+            with paused_again(cluster.pid(1), after_s=0.5):
+                stopped(cluster, source, wb.RankTimeout, timeout_s=0.8)
+            assert_well(cluster)
+        assert cluster.pull("kept") == [0, 1]
+
+
 def test_a_stop_lets_an_import_end(cluster, tmp_path):
     (tmp_path / "slow_to_import.py").write_text("import time\nfor _ in range(50): time.sleep(0.01)\nwhole = True\n")
     (tmp_path / "never_imported.py").write_text("while True: pass\n")

@@ -61,6 +61,7 @@ _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 _ASK_ABOUT_GROUPS = ("get_backend", "get_group_rank", "get_global_rank", "get_process_group_ranks")  # torch asks too, before a collective
 _ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations is, to those who see calls of torch
+_REDUCTIONS = ("allreduce_", "allreduce_coalesced_")  # DDP asks what they gave and hears of an error; its other calls it only waits for
 _UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
 _LARGE = 1 << 16  # bytes; a smaller message is never in the middle of being sent
 _LOOK_S = 0.005
@@ -199,9 +200,18 @@ class Interceptor:
         """
         if not self.was_shut:
             self.was_shut, self._shut_at_s = True, time.monotonic()
+            timer = threading.Timer(_DEAF_S, self._give_up, args=(list(self._begun),))
+            timer.name = "workbench-give-up"
+            timer.start()
         mine = [g for g in list(self._groups.values()) if g.generation == self.generation]
         chosen = {connection for group in mine for connection in group.connections}
         return sockets.shut(chosen | (self._engine_connections if self._internal else set()))
+
+    def _give_up(self, begun: list[Any]) -> None:
+        """What gloo should have ended by now, and has not: C++ waits for it, who cannot be called."""
+        for one in begun:
+            if isinstance(one, leaving.StandIn) and not one.is_completed():
+                one.give_up("freed from a collective: the cell was stopped")
 
     def abandon(self, generation: int) -> None:
         """Whoever forms this generation, now or later, is let go."""
@@ -409,8 +419,10 @@ class Interceptor:
                 call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
-            if is_waited_in_cpp:
-                self._keep(work)
+            if is_waited_in_cpp and name in _REDUCTIONS:
+                stand_in = leaving.StandIn(work)
+                self._keep(stand_in)
+                out = (*out[:-1], stand_in.boxed) if isinstance(out, tuple) else stand_in.boxed
             if is_later:
                 call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
                 self._remember(call)

@@ -1,7 +1,8 @@
 """Waits inside gloo that can be left.
 
-When a connection is closed, gloo tells those who wait for it, but for the message that is in the middle of being sent or received: who
-waits for that waits until the group's own limit. A stop that shuts connections therefore leaves such a wait behind, in a thread.
+When a connection is closed, gloo tells those who wait for it, but for the message that is on its way: one in the middle of being sent or
+received, or sent to a peer that has gone, before gloo saw that. Who waits for it waits until the group's own limit. A stop that shuts
+connections therefore leaves such a wait behind, in a thread.
 
 Knows torch's works. Does not know groups or the board.
 """
@@ -16,7 +17,10 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
-__all__ = ["Left", "aside", "outlast"]
+import torch
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
+
+__all__ = ["Left", "StandIn", "aside", "outlast"]
 
 T = TypeVar("T")
 
@@ -73,3 +77,44 @@ def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], 
         if should_leave() and not work.is_completed():
             return False
     return True
+
+
+class StandIn:
+    """What C++ waits for in place of a collective of gloo's: it ends with that one, or when that one is given up.
+
+    An error is told by its future alone, not by its `wait`.
+
+    Attributes:
+        boxed: for the dispatcher.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+        self._end: torch.futures.Future[Any] = torch.futures.Future()
+        self.boxed = _create_work_from_future(self._end.then(_value_of)).boxed()
+        work.get_future().add_done_callback(self._take)
+
+    def is_completed(self) -> bool:
+        """Whether gloo's own has ended."""
+        return bool(self._work.is_completed())
+
+    def give_up(self, why: str) -> None:
+        """Let C++ go with an error, if it waits still."""
+        self._set(RuntimeError(why))
+
+    def _take(self, ended: torch.futures.Future[Any]) -> None:
+        try:
+            self._set(ended.value())
+        except Exception as error:
+            self._set(error)
+
+    def _set(self, value: Any) -> None:
+        with suppress(RuntimeError):  # the other was first
+            self._end.set_result(value)
+
+
+def _value_of(end: torch.futures.Future[Any]) -> Any:
+    value = end.value()
+    if isinstance(value, Exception):
+        raise value  # `set_exception` of torch's futures is seen by Python alone
+    return value
