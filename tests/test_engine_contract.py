@@ -343,6 +343,26 @@ def test_an_interrupt_between_forward_pass_and_sampling_leaves_nothing_behind(
     assert engine.generate(PROMPTS, GREEDY).texts == before and status(engine) is EngineStatus.AWAKE
 
 
+def test_an_interrupt_while_the_batch_changes_waits_for_the_end_of_the_step(
+    engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Any = engines["vllm"]
+    before = engine.generate(PROMPTS, GREEDY).texts
+    batch = engine._llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.input_batch
+    remove = batch.remove_request
+
+    def interrupted(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        return remove(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "remove_request", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(PROMPTS, SAMPLED)
+    assert engine.generate(PROMPTS, GREEDY).texts == before and status(engine) is EngineStatus.AWAKE
+
+
 def test_sleep_is_seen_from_outside(engines: dict[str, Engine]) -> None:
     engine, me = engines["vllm"], psutil.Process()
     engine.generate(PROMPTS, GREEDY)

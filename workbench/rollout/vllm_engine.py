@@ -32,6 +32,7 @@ from workbench.rollout.engine import PhaseTimes
 from workbench.rollout.guard import last_lines, log_to, new_folder, output_to, process_state_kept
 from workbench.rollout.local_engine import LocalEngine
 from workbench.rollout.own_world import OwnWorld
+from workbench.rollout.postponing import interrupts_postponed
 from workbench.rollout.reader import PromptReader
 from workbench.rollout.requests import Request, prompt_hash
 from workbench.rollout.sleep import TAGS, default_backup_dir, tidy
@@ -214,13 +215,31 @@ class VLLMEngine(LocalEngine):
 
     def _run(self, inputs: list[dict[str, Any]], params: list[Any]) -> list[Any]:
         try:
-            with self._entered():
+            with self._entered(), self._whole_steps():
                 return list(self._llm.generate(inputs, params, use_tqdm=False))
         except BaseException as error:
             self._abort_rest(error)
             if isinstance(error, Exception):
                 raise EngineError(f"vLLM failed in generate: {type(error).__name__}: {error}\nits log is {self._log_path}") from error
             raise
+
+    @contextmanager
+    def _whole_steps(self) -> Iterator[None]:
+        """A step that is cut leaves vLLM's batch half changed, and the next generate fails."""
+        engine = self._llm.llm_engine
+        step, own = engine.step, vars(engine).get("step")
+
+        def whole_step() -> Any:
+            with interrupts_postponed():
+                return step()
+
+        engine.step = whole_step
+        try:
+            yield
+        finally:
+            del engine.step
+            if own is not None:
+                engine.step = own
 
     def _abort_rest(self, error: BaseException) -> None:
         """Requests left behind would make the next generate wait for ever; a group's members are no longer in step at all."""
