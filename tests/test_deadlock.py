@@ -487,6 +487,12 @@ def test_a_stop_lets_an_import_end(cluster, tmp_path):
     stopped(cluster, "import never_imported", wb.RankTimeout, timeout_s=0.2, within_s=1.5)
 
 
+def test_a_stop_lets_a_large_library_come_in_whole():
+    with wb.launch(2) as cluster:
+        stopped(cluster, "import torch._dynamo\nwhile True: pass", wb.RankTimeout, timeout_s=0.3, within_s=5.0)
+        assert cluster.execute("import torch._dynamo; hasattr(torch._dynamo, 'utils')")[1].result_text == "True"
+
+
 def test_a_call_that_never_came_gives_its_reduce_op_to_no_later_one():
     with wb.launch(3) as cluster:
         cluster.execute("torch.distributed.distributed_c10d.AllreduceOptions()", ranks=0)  # as far as an interrupted all_reduce came

@@ -23,7 +23,7 @@ from workbench.ranks import sockets
 from workbench.ranks.called import Called
 from workbench.ranks.operations import Operation
 
-__all__ = ["Call", "KnownGroup", "key_of", "mismatch_text", "place_of", "user_frame"]
+__all__ = ["Call", "KnownGroup", "is_users", "key_of", "mismatch_text", "place_of", "user_frame"]
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib", "stdlib")})
@@ -118,6 +118,11 @@ def user_frame(depth: int) -> tuple[FrameType | None, bool]:
             return frame, is_waited_in_cpp
         frame = frame.f_back
     return None, is_waited_in_cpp
+
+
+def is_users(file: str) -> bool:
+    """Whether code of this file is the user's: no library's, nor ours."""
+    return _whose(file)[0]
 
 
 @functools.lru_cache(maxsize=4096)  # each cell is a file

@@ -37,7 +37,7 @@ from workbench.plan.layout import Layout
 from workbench.ranks import cell as cells
 from workbench.ranks import forming, names, sockets
 from workbench.ranks.board import Board
-from workbench.ranks.calls import KnownGroup
+from workbench.ranks.calls import KnownGroup, is_users
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, receive, unpack
 from workbench.ranks.config import RankConfig
 from workbench.ranks.current import Current, set_current
@@ -70,7 +70,8 @@ __all__ = ["Rank", "main"]
 _libc = ctypes.CDLL(None)
 _DEEPEST_STACK = 12
 _AGAIN_S = 0.01  # after which an interrupt that met a finalizer, or an import, is tried once more
-_IMPORT_S = 0.6  # that an import is given to end
+_IMPORT_S = 0.6  # that an import of the user's is given to end
+_LIBRARY_S = 4.0  # the same for a library's, which ends by itself and may be large; after 5 s the rank would be killed
 _ABOVE = __file__.rpartition("workbench/ranks/")[0]  # the folder that the package lies in
 _PACKAGE = f"{_ABOVE}workbench/"
 _LIBRARIES = (_PACKAGE, sys.prefix, sys.base_prefix)
@@ -89,7 +90,7 @@ class Rank:
         self.module = ModuleType("__main__")
         self.is_running = False
         self._missed_signal = False  # one came while nothing ran
-        self._met_import_s = 0.0  # when an interrupt met an import first
+        self._met_import_s: float | None = None  # when the interrupt of this cell met an import first
         self._waiting: SimpleQueue[tuple[Any, Packed | None]] = SimpleQueue()
         self._store: dist.TCPStore | None = None
         self._store_connections: frozenset[sockets.Connection] = frozenset()
@@ -220,6 +221,7 @@ class Rank:
     def _run(self, message: RunCell, value: Packed | None) -> None:
         started = time.monotonic()
         outcome, text, result, error = Outcome.OK, "", None, None
+        self._met_import_s = None
         self._digest = Digest()
         self.board.enter_cell(self.config.rank, message.cell)
         recorder = None if message.task is Task.HOUSE else writer_for(self.failures, self.here.generation)
@@ -307,10 +309,10 @@ class Rank:
         """Left in its middle, a package may not come in a second time; but no longer than a stop may take."""
         if not any(one.f_code.co_filename == _IMPORTING for one in _frames(frame)):
             return False
-        now = time.monotonic()
-        if now - self._met_import_s > 2 * _IMPORT_S:
-            self._met_import_s = now
-        return now - self._met_import_s < _IMPORT_S
+        module = next((one.f_code.co_filename for one in _frames(frame) if one.f_code.co_name == "<module>"), "")
+        if self._met_import_s is None:
+            self._met_import_s = time.monotonic()
+        return time.monotonic() - self._met_import_s < (_IMPORT_S if is_users(module) else _LIBRARY_S)
 
     def _rebuild(self, generation: int) -> None:
         error = ""
