@@ -148,6 +148,17 @@ def test_what_the_workbench_refuses_on_a_rank_ends_with_the_users_own_line(clust
     assert "rank.py" not in str(caught.value)
 
 
+def test_what_torch_says_of_a_pasted_script_gets_a_hint():
+    with wb.launch(2) as cluster:
+        with pytest.raises(wb.RankFailed, match="process group already: leave init_process_group out"):
+            cluster.execute("dist.init_process_group('gloo')")
+        cluster.execute("dist.destroy_process_group()")
+        with pytest.raises(wb.RankFailed, match=r"a cell destroyed the process group of the ranks: cluster.restart\(\) makes fresh ranks"):
+            cluster.execute("dist.barrier()")
+        cluster.restart()
+        cluster.execute("dist.barrier()")
+
+
 def test_a_peer_outside_the_group_is_named(cluster):
     with pytest.raises(wb.RankFailed, match=r"send to rank 7: group 'world' has ranks \(0, 1, 2, 3\)"):
         cluster.execute("if rank == 1: dist.send(torch.ones(1), 7)")

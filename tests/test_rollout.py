@@ -134,6 +134,13 @@ def test_prompts_that_cannot_be_are_told_and_harm_nothing(cluster, engine, promp
     assert engine.status == "awake" and cluster.execute("group.barrier(); 1")[3].result_text == "1"
 
 
+def test_a_name_that_ranks_do_not_have_starts_no_engine(cluster):
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="rank 0 has no variable 'nowhere', named by prompts"):
+        wb.rollout(cluster, "nowhere")
+    assert time.monotonic() - started < 2  # an engine takes seconds
+
+
 @pytest.mark.parametrize(
     "options, told",
     [

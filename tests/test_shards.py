@@ -144,3 +144,15 @@ def test_what_the_rank_finds_is_checked_there():
 def test_whole_dict_prompts_pass():
     chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]}
     assert check_prompts([{"prompt": "<image>", "images": [b"png"]}, chat], 0) == [{"prompt": "<image>", "images": [b"png"]}, chat]
+
+
+def test_names_alone_are_looked_up_beforehand():
+    def explode() -> list[str]:
+        raise AssertionError("called too early")
+
+    shard_prompts(explode, 1, num_samples="counts")[0].check_names({"counts": 2})
+    with pytest.raises(ValueError, match="rank 0 has no variable 'counts', named by num_samples"):
+        shard_prompts(explode, 1, num_samples="counts")[0].check_names({})
+    with pytest.raises(ValueError, match="the prompts of rank 0 are 'one' \\(str\\)"):
+        shard_prompts("mine", 1)[0].check_names({"mine": "one"})
+    shard_prompts("mine", 1)[0].check_names({"mine": None})

@@ -46,6 +46,14 @@ def run_source(source: str, module: ModuleType, cell: int) -> object:
     return None if source.rstrip().endswith(";") else value
 
 
+_HINTS = {  # what torch says of a script that was pasted into a cell
+    "initialize the default process group twice": "the ranks of a cluster are in their process group already: leave init_process_group out",
+    "Default process group has not been initialized": (
+        "a cell destroyed the process group of the ranks: cluster.restart() makes fresh ranks; leave destroy_process_group() out"
+    ),
+}
+
+
 def tell(error: BaseException) -> CellError:
     """An exception as text, without the workbench's own frames around the user's."""
     return CellError(
@@ -104,7 +112,9 @@ def _line(text: str, label: str) -> str:
 
 def _message(error: BaseException) -> str:
     try:
-        return str(error)
+        text = str(error)
+        hint = next((hint for seen, hint in _HINTS.items() if isinstance(error, ValueError) and seen in text), "")
+        return f"{text}\n{hint}" if hint else text
     except Exception as broken:
         return f"(its text cannot be made: {broken!r})"
 

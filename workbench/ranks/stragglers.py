@@ -93,6 +93,8 @@ def _sentence(
     for in_cell, late, _, _, waited_s in rows:
         by_late[in_cell, late] += waited_s
     worst = max(by_late, key=lambda who: by_late[who], default=None)
+    if cell is not None and not rows:
+        return f"the ledger holds no collective of {where}: it has the last ones of each rank, or the cell called none with other ranks"
     if worst is None or by_late[worst] < _NOTICED_S:
         return f"in {where} no rank waited long for another"
     share = by_late[worst] / sum(by_late.values())

@@ -104,6 +104,8 @@ def rollout(
     if engine is None:
         check_mode(mode, tp, backend, cluster.world_size)
     shards = shard_prompts(prompts, cluster.world_size, num_samples=num_samples)
+    if engine is None and (isinstance(prompts, str) or isinstance(num_samples, str)):
+        _refuse_names(cluster, shards)
     started = time.monotonic()
     start_spans: list[Span] = []
     engine_options |= {"model": model, "mode": mode, "tp": tp, "backend": backend, "kv_cache_bytes": kv_cache_bytes}
@@ -163,6 +165,26 @@ def _check_engine(engine: EngineHandle | None, sampling: Any, engine_options: Ma
         engine.check_alive()
         if engine_options:
             raise TypeError(f"rollout has no option {sorted(engine_options)[0]!r}; options of a new engine do not go with engine=")
+
+
+def _refuse_names(cluster: Cluster, shards: Sequence[Shard]) -> None:
+    """Before an engine is started for them: names that the ranks do not have."""
+    for problem in cluster.run(_problem_with_names, shards):
+        if problem:
+            raise ValueError(problem)
+
+
+def _problem_with_names(shards: Sequence[Shard]) -> str:
+    """Run on a rank; an error raised there would show the workbench's own frames."""
+    import sys
+
+    from workbench.ranks.current import current
+
+    try:
+        shards[current().rank].check_names(vars(sys.modules["__main__"]))
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _own_engine(cluster: Cluster, spans: list[Span], **options: Any) -> EngineHandle:

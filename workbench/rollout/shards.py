@@ -51,6 +51,17 @@ class Shard:
         counts = self._find("num_samples", self.num_samples, namespace)
         return prompts, check_num_samples(counts, 0 if prompts is None else len(prompts), self.rank)
 
+    def check_names(self, namespace: Mapping[str, Any]) -> None:
+        """Look up what is named, without calling anything; run on the rank.
+
+        Raises:
+            ValueError: no such variable, or it holds no list of prompts.
+        """
+        if isinstance(self.prompts, str):
+            check_prompts(self._find("prompts", self.prompts, namespace) or [], self.rank)
+        if isinstance(self.num_samples, str):
+            self._find("num_samples", self.num_samples, namespace)
+
     def _find(self, what: str, source: object, namespace: Mapping[str, Any]) -> Any:
         if callable(source):
             return source()
