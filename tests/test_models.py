@@ -211,14 +211,15 @@ def test_batches_label_completions_only_and_are_of_one_size():
 
 
 @pytest.mark.slow
-def test_the_recipe_learns_and_repeats_itself(tmp_path):
+def test_the_recipe_learns_and_repeats_itself(tmp_path, monkeypatch):
     short = recipe.Recipe(num_steps=60, batch_tokens=1024)
     weights, losses = recipe.train(short, log_every=0)
     again, same = recipe.train(short, log_every=0)
     assert losses == same and all(bool((weights[name] == again[name]).all()) for name in weights)
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
-    assert recipe.main(["--out", str(tmp_path / "own"), "--steps", "2"]) == 0
-    assert {file.name for file in (tmp_path / "own").iterdir()} == {file.name for file in TINY.iterdir()} - {"README.md"}
+    monkeypatch.chdir(tmp_path)
+    assert recipe.main(["--steps", "2"]) == 0
+    assert {file.name for file in (tmp_path / "tiny").iterdir()} == {file.name for file in TINY.iterdir()} - {"README.md"}
 
 
 # --- random weights ---

@@ -151,10 +151,10 @@ def _warm_cosine(step: int, recipe: Recipe) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train and write the checkpoint: `workbench train-tiny [--out FOLDER] [--steps N]`."""
     parser = argparse.ArgumentParser(prog="workbench train-tiny", description="Train the bundled model from random weights.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder to write to (default: the package's own)")
+    parser.add_argument("--out", type=Path, default=Path("tiny"), help="folder to write to (default: ./tiny; the package's own stays)")
     parser.add_argument("--steps", type=int, default=RECIPE.num_steps, help="optimizer steps (default: %(default)s)")
     options = parser.parse_args(argv)
     weights, losses = train(Recipe(num_steps=options.steps))
     write_checkpoint(options.out, SHAPE.config(), weights, max_tokens=SHAPE.max_tokens)
-    print(f"wrote {options.out}: {SHAPE.num_parameters:,} parameters, last loss {losses[-1]:.4f}")
+    print(f"wrote {options.out.resolve()}: {SHAPE.num_parameters:,} parameters, last loss {losses[-1]:.4f}")
     return 0
