@@ -17,6 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -585,7 +586,7 @@ class Cluster:
 
 
 def _check_timeout(timeout_s: Any) -> None:
-    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    is_number = isinstance(timeout_s, Real) and not isinstance(timeout_s, bool)
     if timeout_s is not None and not (is_number and timeout_s > 0):
         raise ValueError(f"timeout_s is {timeout_s!r}; it must be seconds above 0, or None for no limit")
 
