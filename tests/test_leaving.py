@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
-from workbench.ranks.leaving import Left, StandIn, aside, outlast
+from workbench.ranks.leaving import Helper, Left, StandIn, aside, outlast
 
 
 def work_and_end() -> tuple[Any, torch.futures.Future[Any]]:
@@ -63,13 +64,14 @@ def test_a_work_that_never_ends_is_given_up():
     end.set_result([])  # gloo's own error, much later
 
 
-def test_a_call_aside_gives_what_it_gives_raises_what_it_raises_and_can_be_left():
-    assert aside(lambda: 3, name="test", should_leave=lambda: True) == 3
+@pytest.mark.parametrize("make", [partial(aside, name="test"), Helper("test").aside])
+def test_a_call_aside_gives_what_it_gives_raises_what_it_raises_and_can_be_left(make: Any):
+    assert make(lambda: 3, should_leave=lambda: False) == 3
     with pytest.raises(TimeoutError, match="its own"):
-        aside(lambda: (_ for _ in ()).throw(TimeoutError("its own")), name="test", should_leave=lambda: False)
+        make(lambda: (_ for _ in ()).throw(TimeoutError("its own")), should_leave=lambda: False)
     goes_on = threading.Event()
     with pytest.raises(Left) as left:
-        aside(goes_on.wait, name="test", should_leave=lambda: True)
+        make(goes_on.wait, should_leave=lambda: True)
     goes_on.set()
     assert left.value.made.result(5) is True
 

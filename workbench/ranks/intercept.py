@@ -63,7 +63,7 @@ _ASK_ABOUT_GROUPS = ("get_backend", "get_group_rank", "get_global_rank", "get_pr
 _ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations is, to those who see calls of torch
 _REDUCTIONS = ("allreduce_", "allreduce_coalesced_")  # DDP asks what they gave and hears of an error; its other calls it only waits for
 _UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
-_LARGE = 1 << 16  # bytes; a smaller message is never in the middle of being sent
+_LARGE = 1 << 20  # bytes; a smaller message hardly stays in its middle, and would be a fifth slower
 _LOOK_S = 0.005
 _DEAF_S = 0.2  # after its connections were shut gloo raises within milliseconds, or not at all
 _MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
@@ -141,6 +141,7 @@ class Interceptor:
         self.has_left_backward = False  # an exception went through a backward pass: DDP's reducer is in its middle for good
         self.has_left_one = False  # a thread still waits in the making of a group
         self._shut_at_s = 0.0
+        self._helper: leaving.Helper | None = None
         self._left: list[dist.ProcessGroup] = []  # a thread still waits in one of them: to destroy it would be to wait too
         self._wait_of_torch = dist.Work.wait
         self._abandoned = -1  # the generation that will never come to be
@@ -619,10 +620,14 @@ class Interceptor:
             self._leave(what)
 
     def _wait_aside(self, wait: Callable[[], T], what: str) -> T:
-        """Wait for a large message, which may only be waited for once, in a thread that can be left."""
+        """Wait for a large message, which may only be waited for once, in a thread that can be left; stops reach the main thread alone."""
+        if threading.get_ident() != self._main:
+            return wait()
+        self._helper = self._helper or leaving.Helper("message")
         try:
-            return leaving.aside(wait, name="message", should_leave=self._is_deaf)
+            return self._helper.aside(wait, should_leave=self._is_deaf)
         except leaving.Left:
+            self._helper = None
             return self._leave(what)
 
     def _is_deaf(self) -> bool:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
 from contextlib import suppress
 from datetime import timedelta
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
-__all__ = ["Left", "StandIn", "aside", "outlast"]
+__all__ = ["Helper", "Left", "StandIn", "aside", "outlast"]
 
 T = TypeVar("T")
 
@@ -41,22 +41,46 @@ class Left(Exception):
 
 
 def aside(call: Callable[[], T], *, name: str, should_leave: Callable[[], bool]) -> T:
-    """Make a call in a thread, which can be left.
+    """Make a call in a thread of its own, which can be left.
 
     Raises:
         Left: `should_leave`, asked again and again, said so first.
     """
     made: Future[T] = Future()
+    threading.Thread(target=_make, args=(call, made), name=f"workbench-{name}", daemon=True).start()
+    return _await(made, should_leave)
 
-    def run() -> None:
-        try:
-            made.set_result(call())
-        except BaseException as error:
-            made.set_exception(error)
 
-    threading.Thread(target=run, name=f"workbench-{name}", daemon=True).start()
-    while not wait_for([made], timeout=_LOOK_S).done:
-        if should_leave():
+class Helper:
+    """A thread that makes one call after another in place of the one that asks: a new one for each would cost as much as a message."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._serve, name=f"workbench-{name}", daemon=True).start()
+
+    def aside(self, call: Callable[[], T], *, should_leave: Callable[[], bool]) -> T:
+        """As the function `aside`; once left, the helper is of no use any more."""
+        made: Future[T] = Future()
+        self._calls.put((call, made))
+        return _await(made, should_leave)
+
+    def _serve(self) -> None:
+        while True:
+            _make(*self._calls.get())
+
+
+def _make(call: Callable[[], Any], made: Future[Any]) -> None:
+    try:
+        made.set_result(call())
+    except BaseException as error:
+        made.set_exception(error)
+
+
+def _await(made: Future[T], should_leave: Callable[[], bool]) -> T:
+    while not made.done():
+        with suppress(TimeoutError):
+            made.exception(_LOOK_S)  # waits, and raises nothing of the call's
+        if not made.done() and should_leave():
             raise Left(made)
     return made.result()
 
