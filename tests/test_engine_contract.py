@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -410,6 +411,12 @@ def test_what_cannot_start_is_told_before_it_starts(options: dict[str, object], 
     with pytest.raises(wb.EngineError) as caught:
         VLLMEngine("tiny", **options)  # type: ignore[arg-type]
     assert needs in str(caught.value) and time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("kv_bytes", [1, 100_000])
+def test_a_kv_cache_too_small_says_what_to_pass(tmp_path: Path, kv_bytes: int) -> None:
+    with pytest.raises(wb.EngineError, match=rf"the KV cache has {kv_bytes:,} bytes: pass a larger kv_cache_bytes=\n"):
+        VLLMEngine("tiny", kv_cache_bytes=kv_bytes, log_path=tmp_path / "vllm.log")
 
 
 def test_a_start_that_fails_names_the_log(tmp_path: object) -> None:

@@ -55,6 +55,7 @@ _OURS = {  # options that are parameters here ("" for none), or that sleep rests
     "data_parallel_size": "",
     "additional_config": "",
 }
+_TOO_SMALL = ("No available memory for the cache blocks", "larger than the available KV cache")  # how vLLM says it
 _QUIET = {"VLLM_CONFIGURE_LOGGING": "0", "VLLM_NO_USAGE_STATS": "1"}
 _live: weakref.WeakSet[VLLMEngine] = weakref.WeakSet()  # the last one takes vLLM's groups down
 
@@ -166,9 +167,11 @@ class VLLMEngine(LocalEngine):
                 self._rpc(_prepare_sleep)
             except Exception as error:
                 self._keeps_folder = self._log_path.parent == self._folder  # the error names it
+                is_small = any(words in str(error) for words in _TOO_SMALL)
+                hint = f"the KV cache has {options['kv_cache_memory_bytes']:,} bytes: pass a larger kv_cache_bytes=\n" if is_small else ""
                 raise EngineError(
                     f"vLLM did not start with model {self._model!r}: {type(error).__name__}: {error}\n"
-                    f"its log is {self._log_path}; it ends with\n{last_lines(self._log_path)}"
+                    f"{hint}its log is {self._log_path}; it ends with\n{last_lines(self._log_path)}"
                 ) from error
         limit = int(self._llm.llm_engine.model_config.max_model_len)
         self._reader = PromptReader(self._llm.get_tokenizer(), self._model, limit)
