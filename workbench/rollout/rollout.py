@@ -104,12 +104,10 @@ def rollout(
     if engine is None:
         check_mode(mode, tp, backend, cluster.world_size)
     shards = shard_prompts(prompts, cluster.world_size, num_samples=num_samples)
-    if engine is None and (isinstance(prompts, str) or isinstance(num_samples, str)):
-        _refuse_names(cluster, shards)
     started = time.monotonic()
     start_spans: list[Span] = []
     engine_options |= {"model": model, "mode": mode, "tp": tp, "backend": backend, "kv_cache_bytes": kv_cache_bytes}
-    engine = engine or _own_engine(cluster, start_spans, **engine_options)
+    engine = engine or _own_engine(cluster, shards, start_spans, **engine_options)
     recorder = _Recorder(cluster, engine, started, start_spans)
     with followed(live, engine, recorder.sampler, num_steps=num_steps, start_s=started) as live_run:
         for live_run.step in range(num_steps):
@@ -167,8 +165,10 @@ def _check_engine(engine: EngineHandle | None, sampling: Any, engine_options: Ma
             raise TypeError(f"rollout has no option {sorted(engine_options)[0]!r}; options of a new engine do not go with engine=")
 
 
-def _refuse_names(cluster: Cluster, shards: Sequence[Shard]) -> None:
-    """Before an engine is started for them: names that the ranks do not have."""
+def _check_names(cluster: Cluster, shards: Sequence[Shard]) -> None:
+    """Refuse names that the ranks do not have before an engine is started for them."""
+    if not isinstance(shards[0].prompts, str) and not any(isinstance(shard.num_samples, str) for shard in shards):
+        return
     for problem in cluster.run(_problem_with_names, shards):
         if problem:
             raise ValueError(problem)
@@ -187,8 +187,9 @@ def _problem_with_names(shards: Sequence[Shard]) -> str:
     return ""
 
 
-def _own_engine(cluster: Cluster, spans: list[Span], **options: Any) -> EngineHandle:
+def _own_engine(cluster: Cluster, shards: Sequence[Shard], spans: list[Span], **options: Any) -> EngineHandle:
     """The engine kept from an earlier rollout when it was asked for in the same words, else a new one."""
+    _check_names(cluster, shards)
     kept = _kept.get(cluster)
     wanted = repr(sorted(options.items(), key=lambda item: item[0]))
     if kept is not None:
