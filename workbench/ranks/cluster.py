@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -126,7 +126,18 @@ class Cluster:
         self._processes.marks.append((time.monotonic(), label))
 
     def pid(self, rank: int) -> int:
-        return self._processes.links[select_ranks(rank, self.world_size)[0]].pid
+        return self._processes.links[self._rank(rank)].pid
+
+    def _rank(self, rank: int) -> int:
+        """A rank of this cluster; -1 is the last.
+
+        Raises:
+            ValueError: there is none of that number.
+        """
+        size = self.world_size
+        if isinstance(rank, bool) or not isinstance(rank, Integral) or not -size <= rank < size:
+            raise ValueError(f"there is no rank {rank!r} in this cluster\nranks run from 0 to {size - 1}\npass one of them, an int")
+        return int(rank) % size
 
     def status(self) -> list[RankStatus]:
         """Every rank as seen from outside, also while all of them are stuck."""
@@ -440,7 +451,7 @@ class Cluster:
 
     def look(self, rank: int) -> Seen | None:
         """Where a rank is and what its frames hold, while a cell runs; None where it does not answer."""
-        return self._conductor.look(select_ranks(rank, self.world_size)[0])
+        return self._conductor.look(self._rank(rank))
 
     def ask(self, inquiry: Inquiry, text: str, ranks: Selector = None, *, limit_s: float = 0.5) -> dict[int, tuple[str, ...]]:
         """Ask ranks about their names, also while they are busy: what "x.sh" may become, what x is, whether it is bound.
@@ -459,7 +470,7 @@ class Cluster:
 
     def kill(self, rank: int) -> None:
         """kill -9 one rank, as a crash would."""
-        link = self._processes.links[select_ranks(rank, self.world_size)[0]]
+        link = self._processes.links[self._rank(rank)]
         self.history.event("kill", link.rank)
         link.signal(signal.SIGKILL)
         self._until(lambda: link.is_dead, f"rank {rank} to end")
@@ -473,7 +484,7 @@ class Cluster:
         """
         self._refuse_when_closed_or_busy()
         lost = self._conductor.lost_ranks
-        if select_ranks(rank, self.world_size)[0] not in lost:
+        if self._rank(rank) not in lost:
             raise ValueError(f"rank {rank} is alive (pid {self.pid(rank)}); cluster.kill({rank}) first, or cluster.restart() for all")
         self.history.event("respawn", rank)
         for one in lost:
