@@ -186,31 +186,33 @@ class VLLMEngine(LocalEngine):
         self, requests: Sequence[Request], ids: Sequence[list[int] | None], sampling: Sampling, lengths: list[int]
     ) -> list[Completion]:
         inputs = [_input(request.prompt, ids[request.prompt_index]) for request in requests]
-        with self._telling(requests):
+        with self._whole_steps(requests):
             outputs = self._run(inputs, _sampling_params(requests, sampling))
         for request, output in zip(requests, outputs, strict=True):
             lengths[request.prompt_index] = len(output.prompt_token_ids)
         return [_completion(r, o, ids[r.prompt_index], sampling.logprobs) for r, o in zip(requests, outputs, strict=True)]
 
     @contextmanager
-    def _telling(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Tell each request as it ends: vLLM numbers requests upwards, and its loop takes what has ended from `step`."""
-        if self.on_finished is None:
-            yield
-            return
+    def _whole_steps(self, requests: Sequence[Request]) -> Iterator[None]:
+        """No step is cut, and each request is told as it ends.
+
+        A step that is cut leaves vLLM's batch half changed, and the next generate fails. vLLM numbers requests upwards, and its loop takes
+        what has ended from `step`.
+        """
         engine, first = self._llm.llm_engine, self._llm.request_counter.counter
         step = engine.step
 
-        def telling_step() -> Any:
-            outputs = step()
-            for output in outputs:
-                if output.finished:
-                    done = output.outputs[0]
-                    finish = _FINISH.get(done.finish_reason, FinishReason.ERROR)
-                    self._tell(requests[int(output.request_id) - first], len(done.token_ids), finish)
+        def whole_step() -> Any:
+            with interrupts_postponed():
+                outputs = step()
+                for output in outputs:
+                    if output.finished:
+                        done = output.outputs[0]
+                        finish = _FINISH.get(done.finish_reason, FinishReason.ERROR)
+                        self._tell(requests[int(output.request_id) - first], len(done.token_ids), finish)
             return outputs
 
-        engine.step = telling_step  # on this engine alone, for the length of the block
+        engine.step = whole_step  # on this engine alone, for the length of the block
         try:
             yield
         finally:
@@ -218,31 +220,13 @@ class VLLMEngine(LocalEngine):
 
     def _run(self, inputs: list[dict[str, Any]], params: list[Any]) -> list[Any]:
         try:
-            with self._entered(), self._whole_steps():
+            with self._entered():
                 return list(self._llm.generate(inputs, params, use_tqdm=False))
         except BaseException as error:
             self._abort_rest(error)
             if isinstance(error, Exception):
                 raise EngineError(f"vLLM failed in generate: {type(error).__name__}: {error}\nits log is {self._log_path}") from error
             raise
-
-    @contextmanager
-    def _whole_steps(self) -> Iterator[None]:
-        """A step that is cut leaves vLLM's batch half changed, and the next generate fails."""
-        engine = self._llm.llm_engine
-        step, own = engine.step, vars(engine).get("step")
-
-        def whole_step() -> Any:
-            with interrupts_postponed():
-                return step()
-
-        engine.step = whole_step
-        try:
-            yield
-        finally:
-            del engine.step
-            if own is not None:
-                engine.step = own
 
     def _abort_rest(self, error: BaseException) -> None:
         """Requests left behind would make the next generate wait for ever; a group's members are no longer in step at all."""
