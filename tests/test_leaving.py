@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
-from workbench.ranks.leaving import Helper, Left, StandIn, aside, outlast
+from workbench.ranks.leaving import Helper, Left, StandIn, aside, outlast, work_of
 
 
 def work_and_end() -> tuple[Any, torch.futures.Future[Any]]:
     end: torch.futures.Future[Any] = torch.futures.Future()
-    return dist.Work.unbox(_create_work_from_future(end).boxed()), end
+    return dist.Work.unbox(work_of(end)), end
 
 
 def fail(_: Any) -> None:
@@ -37,7 +36,7 @@ def test_what_stands_in_for_a_work_ends_with_it():
 
 def test_what_stands_in_for_a_work_fails_with_it():
     end: torch.futures.Future[Any] = torch.futures.Future()
-    work = dist.Work.unbox(_create_work_from_future(end.then(fail)).boxed())
+    work = dist.Work.unbox(work_of(end.then(fail)))
     waited = dist.Work.unbox(StandIn(work).boxed)
     end.set_result(None)
     with pytest.raises(RuntimeError, match="connection closed"):

@@ -26,7 +26,6 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
-from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
 from workbench.errors import CollectiveMismatch, StaleGroupError
 from workbench.ranks import called as calling
@@ -64,7 +63,6 @@ _ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations i
 _REDUCTIONS = ("allreduce_", "allreduce_coalesced_")  # DDP asks what they gave and hears of an error; its other calls it only waits for
 _UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
 _LARGE = 1 << 20  # bytes; a smaller message hardly stays in its middle, and would be a fifth slower
-_LOOK_S = 0.005
 _DEAF_S = 0.2  # after its connections were shut gloo raises within milliseconds, or not at all
 _MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
 
@@ -89,7 +87,7 @@ def dropped(name: str, args: tuple[Any, ...]) -> Any:
     """What an operator returns when it was left out: its tensors as they are, and work that is done with them."""
     done: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
     done.set_result(tensors_in(args[0]))
-    work = _create_work_from_future(done).boxed()
+    work = leaving.work_of(done)
     num_returns = len(getattr(torch.ops.c10d, name).default._schema.returns)
     return (args[0], work) if num_returns == 2 else work
 
@@ -137,10 +135,9 @@ class Interceptor:
         self.is_checked = is_checked
         self.is_interrupt_pending = False
         self.is_busy = False  # the main thread is in a collective: a signal must wait
-        self.was_shut = False  # gloo connections of this generation were shut
         self.has_left_backward = False  # an exception went through a backward pass: DDP's reducer is in its middle for good
         self.has_left_one = False  # a thread still waits in the making of a group
-        self._shut_at_s = 0.0
+        self._shut_at_s: float | None = None  # when gloo connections of this generation were shut
         self._helper: leaving.Helper | None = None
         self._left: list[dist.ProcessGroup] = []  # a thread still waits in one of them: to destroy it would be to wait too
         self._wait_of_torch = dist.Work.wait
@@ -199,20 +196,25 @@ class Interceptor:
         Returns:
             How many were shut.
         """
-        if not self.was_shut:
-            self.was_shut, self._shut_at_s = True, time.monotonic()
-            timer = threading.Timer(_DEAF_S, self._give_up, args=(list(self._begun),))
+        if self._shut_at_s is None:
+            self._shut_at_s = time.monotonic()
+            timer = threading.Timer(_DEAF_S, self._give_up, args=(self.generation,))
             timer.name = "workbench-give-up"
             timer.start()
         mine = [g for g in list(self._groups.values()) if g.generation == self.generation]
         chosen = {connection for group in mine for connection in group.connections}
         return sockets.shut(chosen | (self._engine_connections if self._internal else set()))
 
-    def _give_up(self, begun: list[Any]) -> None:
+    def _give_up(self, generation: int) -> None:
         """What gloo should have ended by now, and has not: C++ waits for it, who cannot be called."""
-        for one in begun:
+        for one in list(self._begun) if generation == self.generation else ():
             if isinstance(one, leaving.StandIn) and not one.is_completed():
                 one.give_up("freed from a collective: the cell was stopped")
+
+    @property
+    def was_shut(self) -> bool:
+        """Whether gloo connections of this generation were shut."""
+        return self._shut_at_s is not None
 
     def abandon(self, generation: int) -> None:
         """Whoever forms this generation, now or later, is let go."""
@@ -232,11 +234,11 @@ class Interceptor:
             if self._is_deaf():
                 self._left.extend(c10d._world.pg_map)
                 return
-            time.sleep(_LOOK_S)
+            time.sleep(0.005)
 
     def begin_generation(self, generation: int) -> None:
         self.generation = generation
-        self.was_shut = self.has_left_backward = False
+        self._shut_at_s, self.has_left_backward = None, False
         self._channels.clear()
         self._in_flight.clear()
         self._begun.clear()
@@ -610,29 +612,29 @@ class Interceptor:
     def _wait_in_gloo(self, call: Call, wait: Callable[[], T], *, has_limit: bool) -> T:
         if not call.operation.is_point_to_point and not has_limit:
             self._outlast(call.work, call.text)
-        elif call.num_bytes >= _LARGE:
-            return self._wait_aside(wait, call.text)
-        return wait()
+            return wait()
+        return self._wait_for_message(call, wait)
 
     def _outlast(self, work: Any, what: str) -> None:
         """Wait for a collective; one that gloo does not end when its connections are shut is left."""
         if not leaving.outlast(work, self._wait_of_torch, should_leave=self._is_deaf):
             self._leave(what)
 
-    def _wait_aside(self, wait: Callable[[], T], what: str) -> T:
+    def _wait_for_message(self, call: Call | None, wait: Callable[[], T]) -> T:
         """Wait for a large message, which may only be waited for once, in a thread that can be left; stops reach the main thread alone."""
-        if threading.get_ident() != self._main:
+        if call is None or call.num_bytes < _LARGE or threading.get_ident() != self._main:
             return wait()
         self._helper = self._helper or leaving.Helper("message")
-        try:
-            return self._helper.aside(wait, should_leave=self._is_deaf)
-        except leaving.Left:
-            self._helper = None
-            return self._leave(what)
+        with self._busy():  # a signal waits until it is known what was left
+            try:
+                return self._helper.aside(wait, should_leave=self._is_deaf)
+            except leaving.Left:
+                self._helper = None
+                return self._leave(call.text)
 
     def _is_deaf(self) -> bool:
         """gloo would have raised by now."""
-        return self.was_shut and time.monotonic() - self._shut_at_s > _DEAF_S
+        return self._shut_at_s is not None and time.monotonic() - self._shut_at_s > _DEAF_S
 
     def _leave(self, what: str) -> NoReturn:
         self._left.extend(c10d._world.pg_map)
@@ -691,12 +693,8 @@ class Interceptor:
         def wrapped(work: Any, *args: Any, **kwargs: Any) -> bool:
             call = self._in_flight.pop(id(work), None)
             if call is None:
-                message = getattr(self._local, "call", None) if getattr(self._local, "is_blocking", False) else None
-                if message is not None and message.num_bytes >= _LARGE:
-                    with self._busy():
-                        is_done = self._wait_aside(lambda: wait(work, *args, **kwargs), message.text)
-                else:
-                    is_done = wait(work, *args, **kwargs)
+                message = self._local.call if getattr(self._local, "is_blocking", False) else None
+                is_done = self._wait_for_message(message, lambda: wait(work, *args, **kwargs))
             else:
                 with self._busy():
                     is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
-__all__ = ["Helper", "Left", "StandIn", "aside", "outlast"]
+__all__ = ["Helper", "Left", "StandIn", "aside", "outlast", "work_of"]
 
 T = TypeVar("T")
 
@@ -103,6 +103,11 @@ def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], 
     return True
 
 
+def work_of(future: torch.futures.Future[Any]) -> Any:
+    """A work that ends with a future, boxed as the dispatcher takes it."""
+    return _create_work_from_future(future).boxed()
+
+
 class StandIn:
     """What C++ waits for in place of a collective of gloo's: it ends with that one, or when that one is given up.
 
@@ -115,7 +120,7 @@ class StandIn:
     def __init__(self, work: Any) -> None:
         self._work = work
         self._end: torch.futures.Future[Any] = torch.futures.Future()
-        self.boxed = _create_work_from_future(self._end.then(_value_of)).boxed()
+        self.boxed = work_of(self._end.then(_value_of))
         work.get_future().add_done_callback(self._take)
 
     def is_completed(self) -> bool:
