@@ -463,7 +463,10 @@ class Cluster:
         return {} if self._is_closed else self._conductor.asker.ask(inquiry, text, members, limit_s=limit_s)
 
     def interrupt(self) -> None:
-        """Stop the cell that runs: every rank is free within a second, names kept. Called again, stuck ranks are killed."""
+        """Stop the cell that runs: every rank is free within a second, names kept. Called again, stuck ranks are killed.
+
+        A rank in the middle of importing a library ends that first, for four seconds at most.
+        """
         cell = self._conductor.active
         if cell is not None:
             self._conductor.stop(cell, "interrupt")

@@ -61,9 +61,9 @@ class Members:
 
     def rebind(self, process_group: dist.ProcessGroup | None) -> None:
         """Follow a new generation: the same ranks over a new process group (None where this rank is no member)."""
-        self._held = _held(process_group)
+        self._held = _weakly(process_group)
         self._outbox, self._inbox = Outbox(), Inbox()
-        self._world = _held(dist.group.WORLD) if dist.is_initialized() else None
+        self._world = _weakly(dist.group.WORLD) if dist.is_initialized() else None
         if self.is_member and process_group is not None:
             held = dist.get_process_group_ranks(process_group)
             if sorted(held) != sorted(self.ranks):
@@ -142,7 +142,7 @@ class Members:
         if self._is_owner and process_group is not None and not self._is_closed:
             dist.destroy_process_group(process_group)
         self._is_closed = True
-        self._held = _held(None)
+        self._held = _weakly(None)
         self._outbox, self._inbox = Outbox(), Inbox()
 
     def __repr__(self) -> str:
@@ -266,6 +266,6 @@ class Members:
         return ordered
 
 
-def _held(process_group: dist.ProcessGroup | None) -> Callable[[], dist.ProcessGroup | None]:
+def _weakly(process_group: dist.ProcessGroup | None) -> Callable[[], dist.ProcessGroup | None]:
     """A way to ask for a process group without keeping it alive."""
     return (lambda: None) if process_group is None else weakref.ref(process_group)

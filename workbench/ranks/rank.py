@@ -74,7 +74,6 @@ _IMPORT_S = 0.6  # that an import of the user's is given to end
 _LIBRARY_S = 4.0  # the same for a library's, which ends by itself and may be large; after 5 s the rank would be killed
 _ABOVE = __file__.rpartition("workbench/ranks/")[0]  # the folder that the package lies in
 _PACKAGE = f"{_ABOVE}workbench/"
-_LIBRARIES = (_PACKAGE, sys.prefix, sys.base_prefix)
 _FINALIZE = weakref.finalize.__call__.__code__
 _IMPORTING = "<frozen importlib._bootstrap>"
 
@@ -185,16 +184,11 @@ class Rank:
         ours = max((place for place, f in enumerate(stack) if f.filename == __file__), default=-1)  # what calls the cell
         first = next((place for place, f in enumerate(stack) if f.filename == cell_file), ours + 1)
         stack = stack[first:][-_DEEPEST_STACK:]
-        outside = [f for f in stack if "/workbench/ranks/" not in f.filename]
-        own = [f for f in outside if f.filename.startswith(_PACKAGE)]
-        users = [f for f in stack if f.filename == cell_file] or [f for f in outside if not f.filename.startswith(_LIBRARIES)]
-        found = users or own or outside
-        place = found[-1] if found and self.is_running else None
-        is_own = place is not None and place in own  # told with its file: the cell has such a line too
+        line, source = _place(stack, cell_file) if self.is_running else (0, "")
         return Seen(
             ticket=message.ticket,
-            line=(place.lineno or 0) if place and not is_own else 0,
-            source=("" if place is None else f"{place.filename.removeprefix(_ABOVE)}:{place.lineno}" if is_own else place.line or ""),
+            line=line,
+            source=source,
             stack="".join(traceback.format_list(stack)) if self.is_running else "",
             num_threads=sum(not _is_housekeeping(thread) for thread in threading.enumerate()),
             frames=cells.frames_of(frame) if message.with_names and self.is_running else (),
@@ -337,6 +331,19 @@ class Rank:
         if self.here.has_layout:
             for axis, formed in forming.form_groups(self.here.layout).items():
                 self.here.groups[axis].rebind(formed.process_group if formed.is_member else None)
+
+
+def _place(stack: list[traceback.FrameSummary], cell_file: str) -> tuple[int, str]:
+    """Line and source of the user's innermost code; where the workbench's own is alone, 0 and its file: the cell has such a line too."""
+    outside = [f for f in stack if "/workbench/ranks/" not in f.filename]
+    own = [f for f in outside if f.filename.startswith(_PACKAGE)]
+    users = [f for f in stack if f.filename == cell_file] or [f for f in outside if is_users(f.filename)]
+    place = next(iter((users or own or outside)[-1:]), None)
+    if place is None:
+        return 0, ""
+    if not users and own:
+        return 0, f"{place.filename.removeprefix(_ABOVE)}:{place.lineno}"
+    return place.lineno or 0, place.line or ""
 
 
 def _is_housekeeping(thread: threading.Thread) -> bool:
