@@ -49,7 +49,7 @@ WAITS = {
 @pytest.mark.parametrize("call", WAITS.values(), ids=WAITS)
 def test_a_peer_that_never_comes_to_a_future_is_told_with_call_and_line(cluster, call):
     with pytest.raises(wb.RankDeadlock) as told:
-        cluster.execute(f"x = torch.ones(1)\nif rank != 1:\n    {call}", timeout_s=20)
+        cluster.execute(f"x = torch.ones(1)\nif rank != 1:\n    {call}\nelse: time.sleep(0.2)  # both others wait by then", timeout_s=20)
     op = "barrier" if "barrier" in call else "all_reduce"
     assert f"could never end: ranks 0, 2 wait in {op} (line 3); rank 1 finished the cell without it" in str(told.value)
 
