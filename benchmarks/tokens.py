@@ -49,7 +49,7 @@ class TokensResult:
 
 
 def measure(
-    *, num_ranks: int = 4, prompts_per_rank: int = 32, num_samples: int = 8, max_tokens: int = 64, repeats: int = 5
+    *, num_ranks: int = 4, prompts_per_rank: int = 32, num_samples: int = 8, max_tokens: int = 64, repeats: int = 15
 ) -> TokensResult:
     """Both ways in turns, both engines started; the first of each warms up."""
     import workbench as wb

@@ -388,6 +388,34 @@ def test_a_second_engine_lives_beside_the_first(engines: dict[str, Engine]) -> N
     assert engines["vllm"].generate(PROMPTS, GREEDY).texts == texts
 
 
+@pytest.mark.parametrize("kept", [None, 3], ids=["all tokens", "top 3"])
+def test_seeded_rows_draw_what_vllm_draws(engines: dict[str, Engine], kept: int | None) -> None:
+    runner = engines["vllm"]._rpc(lambda worker: worker.model_runner)  # type: ignore[attr-defined]
+    sampler = runner.sampler.topk_topp_sampler
+    top_k = None if kept is None else torch.full((40,), kept)
+
+    def drawn(draw: Any, seeded: range) -> tuple[list[int], list[int]]:
+        torch.manual_seed(7)
+        generators = {row: torch.Generator().manual_seed(row) for row in seeded}
+        logits = torch.randn(40, 100, generator=torch.Generator().manual_seed(0))
+        tokens = [draw(logits.clone(), generators, top_k, None)[0].tolist() for _ in range(3)]
+        return sum(tokens, []), [int(generator.get_state().sum()) for generator in generators.values()]
+
+    for seeded in (range(40), range(39)):  # the second has a row without a seed
+        assert drawn(sampler.forward, seeded) == drawn(sampler.forward_cpu, seeded)
+    assert len(set(drawn(sampler.forward, range(40))[0])) > 20
+
+
+@pytest.mark.parametrize("rows", [1, 400])
+def test_layers_of_plain_weights_multiply_as_torch_does(engines: dict[str, Engine], rows: int) -> None:
+    runner = engines["vllm"]._rpc(lambda worker: worker.model_runner)  # type: ignore[attr-defined]
+    layers = [layer for layer in runner.model.modules() if getattr(layer, "cpu_linear", None) is not None]
+    assert len(layers) == 4 * 3 + 2, "four matrices a layer, the embedding and the head"
+    for layer in layers:
+        x = torch.randn(rows, layer.weight.shape[1])
+        torch.testing.assert_close(layer.cpu_linear(x, layer.weight, None), torch.nn.functional.linear(x, layer.weight))
+
+
 def test_seeded_samples_are_whole_when_prompts_are_read_again(engines: dict[str, Engine]) -> None:
     prompts = [f"{i}+{i + 7}=" for i in range(60)]
     long = wb.Sampling(max_tokens=200, temperature=1.0, seed=3, ignore_eos=True)

@@ -437,6 +437,7 @@ def _sampling_params(requests: Sequence[Request], sampling: Sampling) -> list[An
         "ignore_eos": sampling.ignore_eos,
         "logprobs": 0 if sampling.logprobs else None,  # 0: the sampled token alone
         "flat_logprobs": sampling.logprobs,
+        "skip_clone": True,  # nobody else has them
     }
     try:
         if sampling.temperature == 0.0:
