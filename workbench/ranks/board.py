@@ -5,8 +5,9 @@
                                                  compare texts: an odd one is a mismatch
     driver, at any time, without any rank's help: read who waits in what since when
 
-A rank writes only its own area, so there is nothing to lock. Waiting is a futex on the doorbell of the first missing peer: woken at once,
-and interruptible. Two ranks that waited for each other on the board have not touched gloo, so stopping them breaks nothing.
+A rank writes only its own area, so there is nothing to lock. Waiting is a look for a moment where there are cores enough, then a futex on
+the doorbell of the first missing peer: woken at once, and interruptible. Two ranks that waited for each other on the board have not touched
+gloo, so stopping them breaks nothing.
 
 Knows shared memory. Does not know torch, cells or processes. x86-64 only: it relies on stores becoming visible in order.
 """
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from workbench.errors import GroupError
+from workbench.ranks.awake import Awake
 
 __all__ = ["AreaState", "Board", "Place", "Posted", "Stopped"]
 
@@ -110,6 +112,7 @@ class Board:
         self._anchor = (ctypes.c_char * len(self._map)).from_buffer(self._map)
         self._address = ctypes.addressof(self._anchor)
         self._slot_of: dict[tuple[int, int], int] = {}
+        self._awake = Awake(world_size)
         self._forgotten: dict[int, None] = {}  # keys of this process's rank whose slots may be taken, oldest first
 
     @classmethod
@@ -266,6 +269,7 @@ class Board:
             Stopped: `is_stopped()` became true while a peer was missing. When all have arrived the collective goes on, so that peers
                 who already entered gloo are not left alone there.
         """
+        self._awake.wait(lambda: self.has_arrived(key, sequence, peers))
         pause_s = 0.001
         for peer in peers:
             while True:

@@ -30,6 +30,7 @@ import torch.distributed.distributed_c10d as c10d
 from workbench.errors import CollectiveMismatch, StaleGroupError
 from workbench.ranks import called as calling
 from workbench.ranks import leaving, sockets
+from workbench.ranks.awake import Awake
 from workbench.ranks.board import AreaState, Board, Stopped
 from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
 from workbench.ranks.futures import Futures
@@ -125,6 +126,20 @@ class _Busy:
             raise KeyboardInterrupt
 
 
+class _OfThread(threading.local):
+    """What a thread is in the middle of.
+
+    Attributes:
+        is_blocking: a send or receive that its caller waits for.
+        call: that message, once it has begun.
+        told: whom to tell what it received.
+    """
+
+    is_blocking: bool = False
+    call: Call | None = None
+    told: Sequence[Callable[[], None]] = ()
+
+
 class Interceptor:
     """Puts itself between torch and gloo in this process; one a process, for good."""
 
@@ -138,6 +153,7 @@ class Interceptor:
         self.has_left_backward = False  # an exception went through a backward pass: DDP's reducer is in its middle for good
         self.has_left_one = False  # a thread still waits in the making of a group
         self._shut_at_s: float | None = None  # when gloo connections of this generation were shut
+        self._awake = Awake(board.world_size)
         self._helper: leaving.Helper | None = None
         self._left: list[dist.ProcessGroup] = []  # a thread still waits in one of them: to destroy it would be to wait too
         self._wait_of_torch = dist.Work.wait
@@ -151,7 +167,7 @@ class Interceptor:
         self._told_later: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # id of a work -> it, and whom to tell what it received
         self._internal = 0
         self._engine_connections: set[sockets.Connection] = set()
-        self._local = threading.local()
+        self._local = _OfThread()
         self._main = threading.get_ident()
         self._libraries: list[torch.library.Library] = []
 
@@ -407,7 +423,7 @@ class Interceptor:
             for hook in self.hooks:  # a tape holds it too, its tensors as they were
                 hook.begun(operation.name, call.text, call.line, tensors_in(args[0]))()
             return dropped(name, args)
-        is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
+        is_blocking = self._local.is_blocking if operation.is_point_to_point else not operation.is_async(args)
         is_later = not is_blocking and not is_waited_in_cpp
         started = time.monotonic_ns()
         meets = self.is_checked or is_waited_in_cpp  # C++ waits for those of DDP, where nobody sees it
@@ -434,7 +450,7 @@ class Interceptor:
                 self._local.call = call
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 self._outlast(work, call.text)
-                work.wait()
+                self._wait_of_torch(work)
                 arrived = arrived if self.is_checked else time.monotonic_ns()  # not told apart from the moving of data then
             if self.hooks:
                 self._tell_hooks(self.hooks, call, args, work, is_blocking=is_blocking)
@@ -452,7 +468,7 @@ class Interceptor:
         """A call on a group whose members the board does not know: it is neither watched nor spoiled, but a tape keeps it."""
         writer.before(operation, args)
         text, frame = with_peer(operation, args), user_frame(2)[0]
-        is_blocking = getattr(self._local, "is_blocking", False) if operation.is_point_to_point else not operation.is_async(args)
+        is_blocking = self._local.is_blocking if operation.is_point_to_point else not operation.is_async(args)
         out = onward()
         work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
         if is_blocking and not operation.is_point_to_point:
@@ -527,7 +543,7 @@ class Interceptor:
                     work.wait()
                 told()
             elif is_blocking:
-                self._local.told = [*getattr(self._local, "told", []), told]
+                self._local.told = [*self._local.told, told]
             else:
                 self._told_later.setdefault(id(work), (work, []))[1].append(told)
 
@@ -617,12 +633,13 @@ class Interceptor:
 
     def _outlast(self, work: Any, what: str) -> None:
         """Wait for a collective; one that gloo does not end when its connections are shut is left."""
+        self._awake.wait(work.is_completed)
         if not leaving.outlast(work, self._wait_of_torch, should_leave=self._is_deaf):
             self._leave(what)
 
-    def _wait_for_message(self, call: Call | None, wait: Callable[[], T]) -> T:
+    def _wait_for_message(self, call: Call, wait: Callable[[], T]) -> T:
         """Wait for a large message, which may only be waited for once, in a thread that can be left; stops reach the main thread alone."""
-        if call is None or call.num_bytes < _LARGE or threading.get_ident() != self._main:
+        if call.num_bytes < _LARGE or threading.get_ident() != self._main:
             return wait()
         self._helper = self._helper or leaving.Helper("message")
         with self._busy():  # a signal waits until it is known what was left
@@ -655,7 +672,7 @@ class Interceptor:
                     ended = time.monotonic_ns()
                     has_waited = make.__name__ == "send" or not self.is_checked  # a receive that is checked has waited on the board
                     self.board.amend(self.rank, self._local.call.row, waited_ns=ended - began if has_waited else None, end_ns=ended)
-                for told in getattr(self._local, "told", []):
+                for told in self._local.told:
                     told()
                 return made
             except RuntimeError:
@@ -664,7 +681,7 @@ class Interceptor:
                 raise
             finally:
                 self._local.is_blocking = False
-                self._local.told = []
+                self._local.told = ()
                 self.board.move(self.rank, AreaState.NOWHERE)
 
         return wrapped
@@ -692,13 +709,14 @@ class Interceptor:
         @functools.wraps(wait)
         def wrapped(work: Any, *args: Any, **kwargs: Any) -> bool:
             call = self._in_flight.pop(id(work), None)
-            if call is None:
-                message = self._local.call if getattr(self._local, "is_blocking", False) else None
-                is_done = self._wait_for_message(message, lambda: wait(work, *args, **kwargs))
-            else:
+            if call is not None:
                 with self._busy():
                     is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
-            for told in self._told_later.pop(id(work), (work, []))[1]:
+            elif self._local.is_blocking and self._local.call is not None:
+                is_done = self._wait_for_message(self._local.call, lambda: wait(work, *args, **kwargs))
+            else:
+                is_done = wait(work, *args, **kwargs)
+            for told in self._told_later.pop(id(work), (work, []))[1] if self._told_later else ():
                 told()
             return is_done
 
