@@ -8,10 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import workbench as wb
 from workbench.ranks.cluster import Cluster
@@ -87,6 +89,37 @@ def test_cells_names_and_messages_are_replayed(cluster, tmp_path):
     again = wb.replay(tmp_path / "tape", rank=1)
     assert again.result_texts[0] == live[1].result_text and again.names["total"] == cluster.pull("total")[1]
     assert [c.op for c in again.collectives] == ["recv", "send", "all_reduce", "all_reduce"]
+
+
+FROM_ANY = """
+import time
+heard = []
+pair = dist.new_group([2, 0])
+if rank == 0:
+    first, second, third = torch.empty(2), torch.empty(2), torch.empty(1)
+    heard.append((dist.recv(first), first.tolist()))
+    work = dist.irecv(second)
+    work.wait()
+    heard.append((work._source_rank(), second.tolist()))
+    heard.append((dist.recv(third, group=pair), third.tolist()))
+else:
+    time.sleep(0.2 * (2 - rank))
+    dist.send(torch.rand(2) + rank, 0)
+    if rank == 2:
+        time.sleep(0.4)  # so that its first two messages are not met by the receive in the pair
+        dist.send(torch.ones(1), 0, group=pair)
+heard
+"""
+
+
+def test_a_receive_from_any_hears_the_same_one_again(cluster, taped):
+    folder = taped(FROM_ANY)
+    again = wb.replay(folder, rank=0)
+    assert [source for source, _ in again.names["heard"]] == [2, 1, 2]
+    assert again.names["heard"] == cluster.pull("heard")[0]
+    assert [(c.op, c.source) for c in again.collectives] == [("recv_any", 2), ("recv_any", 1), ("recv_any", 1)], "members of their groups"
+    assert {c.source for c in wb.replay(folder, rank=2).collectives} == {-1}
+    assert not isinstance(dist.Work._source_rank, FunctionType), "torch's own again"
 
 
 OBJECTS = """

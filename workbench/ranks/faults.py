@@ -91,7 +91,7 @@ class FaultHook:
                 self._act(fault)
         return False
 
-    def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor], work: Any) -> Callable[[], None]:
         """What to do when the call has given its tensors: corrupt them, if that was asked."""
         fault, self._corrupting = self._corrupting, None
         return lambda: None if fault is None else flip_a_bit(tensors, fault.seed)

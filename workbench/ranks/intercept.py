@@ -79,8 +79,8 @@ class Hook(Protocol):
         """Called before a call is posted, its inputs still whole; True leaves it out on this rank."""
         ...
 
-    def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
-        """Called when a call was begun; what it returns is called when `tensors` hold what it gave."""
+    def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor], work: Any) -> Callable[[], None]:
+        """Called when a call was begun; what it returns is called when `tensors` hold what it gave. `work` is None where there is none."""
         ...
 
 
@@ -421,7 +421,7 @@ class Interceptor:
         if self.hooks and any([hook.before(operation, args) for hook in self.hooks]):
             call = self._describe(operation, group, args, frame)
             for hook in self.hooks:  # a tape holds it too, its tensors as they were
-                hook.begun(operation.name, call.text, call.line, tensors_in(args[0]))()
+                hook.begun(operation.name, call.text, call.line, tensors_in(args[0]), None)()
             return dropped(name, args)
         is_blocking = self._local.is_blocking if operation.is_point_to_point else not operation.is_async(args)
         is_later = not is_blocking and not is_waited_in_cpp
@@ -537,7 +537,7 @@ class Interceptor:
         tensors = tensors_in(args[0])
         is_receive = call.operation.name.startswith("recv")
         for hook in hooks:
-            told = hook.begun(call.operation.name, call.text, call.line, tensors)
+            told = hook.begun(call.operation.name, call.text, call.line, tensors, work)
             if not is_receive:
                 if not is_blocking and not call.operation.is_point_to_point:
                     work.wait()

@@ -164,6 +164,9 @@ def _as_rank(start: TapeStart, player: _Player) -> Iterator[ModuleType]:
     c10d._new_process_group_helper = _without_peers(make_group)
     dist.init_process_group("fake", rank=start.rank, world_size=start.world_size, store=FakeStore())
     libraries = player.install()
+    sources_of_torch = {name: getattr(dist.Work, name) for name in ("source_rank", "_source_rank")}
+    for name in sources_of_torch:
+        setattr(dist.Work, name, lambda work: player.source_of(work))
     tape.set_player(player.outside)
     steady_pickles(True)
     try:
@@ -192,6 +195,8 @@ def _as_rank(start: TapeStart, player: _Player) -> Iterator[ModuleType]:
         set_current(None)
         for library in libraries:
             library._destroy()
+        for name, source_of_torch in sources_of_torch.items():
+            setattr(dist.Work, name, source_of_torch)
         dist.destroy_process_group()
         c10d._new_process_group_helper = make_group
         _set_flags(before["num_threads"], before["is_deterministic"], before["default_dtype"])
@@ -264,6 +269,7 @@ class _Player:
         self._unkept = unkept
         self._num_collectives = 0
         self._is_on_tape = True
+        self._heard: dict[int, int] = {}  # where a received tensor lies -> who sent it, -1 where the call named the sender
         self._raised: BaseException | None = None  # what the tape had a call raise last
         self._divergence: ReplayError | None = None
         self.result: Any = None
@@ -408,7 +414,12 @@ class _Player:
         with torch.no_grad():
             for tensor, output in zip(tensors_in(args[0]), record.outputs, strict=True):
                 tensor.copy_(output)
+                self._heard[tensor.data_ptr()] = record.source
         return dropped(name, args)
+
+    def source_of(self, work: Any) -> int:
+        """Whom a receive from any has heard; its work stands for gloo's, which would know."""
+        return self._heard[work.get_future().value()[0].data_ptr()]
 
     def _compare_inputs(self, record: Collective, given: list[torch.Tensor]) -> None:
         """What the rank gives must be what it gave, bit for bit."""

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _FRAME = struct.Struct("<QI")
-_MAGIC = b"workbench tape 3\n"
+_MAGIC = b"workbench tape 4\n"
 T = TypeVar("T")
 
 
@@ -98,6 +98,7 @@ class Collective:
 
     Attributes:
         index: its number by when it was begun; an asynchronous receive is written when it was waited for.
+        source: the member of the group that a receive from any heard, -1 for anything else.
     """
 
     cell: int
@@ -107,6 +108,7 @@ class Collective:
     line: int
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
+    source: int = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +290,7 @@ class TapeWriter:
         self._unfinished = operation.name
         return False
 
-    def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    def begun(self, op: str, text: str, line: int, tensors: Sequence[torch.Tensor], work: Any) -> Callable[[], None]:
         """Keep what a call gave, under the number at which it was begun."""
         if not self._is_in_cell:
             return lambda: None
@@ -298,8 +300,9 @@ class TapeWriter:
 
         def write() -> None:
             outputs = tuple(t.detach().cpu().clone() for t in tensors)
+            source = work._source_rank() if op == "recv_any" and work is not None else -1
             self._unfinished = ""
-            self.write(Collective(cell=cell, index=index, op=op, text=text, line=line, inputs=inputs, outputs=outputs))
+            self.write(Collective(cell=cell, index=index, op=op, text=text, line=line, inputs=inputs, outputs=outputs, source=source))
 
         return write
 
