@@ -535,6 +535,29 @@ def test_what_a_model_does_beside_its_reductions_is_watched_too(check, rounds, o
         assert_well(cluster)
 
 
+HOOK = """
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1))
+kept, begin = rank, {begin}
+model.register_comm_hook(None, lambda state, bucket: begin(bucket.buffer()).get_future().then(lambda done: bucket.buffer()))
+for _ in range(2): model(torch.ones(1, 2)).sum().backward()  # the second makes the buckets anew
+"""
+BEGINS = {
+    "all_reduce": "lambda data: dist.all_reduce(data, async_op=True)",
+    "all_gather": "lambda data: dist.all_gather([torch.empty_like(data) for _ in range(world_size)], data, async_op=True)",
+}
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("operation", BEGINS)
+def test_what_a_communication_hook_of_a_model_begins_is_watched_too(check, operation):
+    with wb.launch(3, check_collectives=check) as cluster:
+        cluster.execute(HOOK.format(begin=BEGINS[operation]))
+        told = stopped(cluster, "if rank != 1:\n    model(torch.ones(1, 2)).sum().backward()", wb.RankDeadlock)
+        assert f"ranks 0, 2 wait in {operation} (line 3); rank 1 finished the cell without it" in told
+        assert_well(cluster)
+        assert cluster.pull("kept") == [0, 1, 2]
+
+
 @pytest.mark.parametrize("asks_again", [True, False])
 def test_a_rank_that_does_not_leave_its_old_groups_is_ended_and_told(monkeypatch, asks_again):
     monkeypatch.setattr(conductor, "_PART_LIMIT_S", 60.0 if asks_again else 1.0)

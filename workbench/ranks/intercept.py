@@ -133,11 +133,13 @@ class _OfThread(threading.local):
         is_blocking: a send or receive that its caller waits for.
         call: that message, once it has begun.
         told: whom to tell what it received.
+        is_in_hook: a communication hook of DDP: C++ waits for what it begins.
     """
 
     is_blocking: bool = False
     call: Call | None = None
     told: Sequence[Callable[[], None]] = ()
+    is_in_hook: bool = False
 
 
 class Interceptor:
@@ -192,6 +194,7 @@ class Interceptor:
             setattr(dist, name, wrapped)
         model = torch.nn.parallel.DistributedDataParallel
         setattr(model, "forward", self._refusing_stale_models(model.forward))  # noqa: B010  as above
+        dist._register_comm_hook = self._knowing_hooks(dist._register_comm_hook)
         for name in _ASK_ABOUT_GROUPS:
             wrapped = self._knowing_stale(getattr(c10d, name))
             setattr(c10d, name, wrapped)
@@ -406,6 +409,22 @@ class Interceptor:
 
         return wrapped
 
+    def _knowing_hooks(self, register: Callable[..., None]) -> Callable[..., None]:
+        """DDP waits in C++ for the futures that a communication hook of the user's gives it."""
+
+        @functools.wraps(register)
+        def wrapped(reducer: Any, state: Any, hook: Callable[..., Any]) -> None:
+            register(reducer, state, functools.wraps(hook)(functools.partial(self._call_hook, hook)))
+
+        return wrapped
+
+    def _call_hook(self, hook: Callable[..., Any], *args: Any) -> Any:
+        self._local.is_in_hook = True
+        try:
+            return hook(*args)
+        finally:
+            self._local.is_in_hook = False
+
     def _refuse_stale(self, group: KnownGroup, what: str) -> None:
         if group.generation != self.generation:
             raise StaleGroupError(
@@ -424,6 +443,8 @@ class Interceptor:
                 hook.begun(operation.name, call.text, call.line, tensors_in(args[0]), None)()
             return dropped(name, args)
         is_blocking = self._local.is_blocking if operation.is_point_to_point else not operation.is_async(args)
+        is_in_hook = self._local.is_in_hook and not is_blocking
+        is_waited_in_cpp |= is_in_hook
         is_later = not is_blocking and not is_waited_in_cpp
         started = time.monotonic_ns()
         meets = self.is_checked or is_waited_in_cpp  # C++ waits for those of DDP, where nobody sees it
@@ -438,7 +459,7 @@ class Interceptor:
                 call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
-            if is_waited_in_cpp and name in _REDUCTIONS:
+            if is_in_hook or is_waited_in_cpp and name in _REDUCTIONS:
                 stand_in = leaving.StandIn(work)
                 self._keep(stand_in)
                 out = (*out[:-1], stand_in.boxed) if isinstance(out, tuple) else stand_in.boxed
