@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -27,13 +26,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from workbench.errors import CollectiveMismatch, StaleGroupError
+from workbench.errors import CollectiveMismatch
 from workbench.ranks import called as calling
 from workbench.ranks import leaving, sockets
 from workbench.ranks.awake import Awake
 from workbench.ranks.board import AreaState, Board, Stopped
-from workbench.ranks.calls import Call, KnownGroup, key_of, mismatch_text, place_of, user_frame
+from workbench.ranks.calls import Call, KnownGroup, mismatch_text, place_of, user_frame
 from workbench.ranks.futures import Futures
+from workbench.ranks.known_groups import KnownGroups
 from workbench.ranks.messages import ANY_SOURCE
 from workbench.ranks.operations import (
     LEDGER_NAMES,
@@ -59,7 +59,6 @@ T = TypeVar("T")
 _LAYER = "BackendSelect"
 _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
-_ASK_ABOUT_GROUPS = ("get_backend", "get_group_rank", "get_global_rank", "get_process_group_ranks")  # torch asks too, before a collective
 _ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations is, to those who see calls of torch
 _REDUCTIONS = ("allreduce_", "allreduce_coalesced_")  # DDP asks what they gave and hears of an error; its other calls it only waits for
 _UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
@@ -148,7 +147,6 @@ class Interceptor:
     def __init__(self, *, rank: int, board: Board, is_checked: bool, announce: Callable[[KnownGroup], None]) -> None:
         self.rank = rank
         self.board = board
-        self.generation = 0
         self.is_checked = is_checked
         self.is_interrupt_pending = False
         self.is_busy = False  # the main thread is in a collective: a signal must wait
@@ -162,8 +160,7 @@ class Interceptor:
         self._abandoned = -1  # the generation that will never come to be
         self.hooks: list[Hook] = []
         self.announce = announce
-        self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
-        self._channels: dict[int, int] = {}  # key of a channel -> key of its group
+        self.groups = KnownGroups(rank=rank, board=board, announce=announce)
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
         self._begun: deque[Any] = deque(maxlen=_MOST_IN_FLIGHT)  # works beside those that gloo may still have in hand, the oldest first
         self._told_later: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # id of a work -> it, and whom to tell what it received
@@ -192,13 +189,8 @@ class Interceptor:
             wrapped = self._blocking(getattr(c10d, name))
             setattr(c10d, name, wrapped)
             setattr(dist, name, wrapped)
-        model = torch.nn.parallel.DistributedDataParallel
-        setattr(model, "forward", self._refusing_stale_models(model.forward))  # noqa: B010  as above
         dist._register_comm_hook = self._knowing_hooks(dist._register_comm_hook)
-        for name in _ASK_ABOUT_GROUPS:
-            wrapped = self._knowing_stale(getattr(c10d, name))
-            setattr(c10d, name, wrapped)
-            setattr(dist, name, wrapped)
+        self.groups.install()
 
     @contextmanager
     def engine_groups(self) -> Iterator[None]:
@@ -220,9 +212,7 @@ class Interceptor:
             timer = threading.Timer(_DEAF_S, self._give_up, args=(self.generation,))
             timer.name = "workbench-give-up"
             timer.start()
-        mine = [g for g in list(self._groups.values()) if g.generation == self.generation]
-        chosen = {connection for group in mine for connection in group.connections}
-        return sockets.shut(chosen | (self._engine_connections if self._internal else set()))
+        return sockets.shut(self.groups.connections | (self._engine_connections if self._internal else set()))
 
     def _give_up(self, generation: int) -> None:
         """What gloo should have ended by now, and has not: C++ waits for it, who cannot be called."""
@@ -242,6 +232,11 @@ class Interceptor:
             self.shut()
 
     @property
+    def generation(self) -> int:
+        """Which the ranks are at."""
+        return self.groups.generation
+
+    @property
     def is_abandoned(self) -> bool:
         return self._abandoned >= self.generation
 
@@ -256,9 +251,8 @@ class Interceptor:
             time.sleep(0.005)
 
     def begin_generation(self, generation: int) -> None:
-        self.generation = generation
+        self.groups.begin_generation(generation)
         self._shut_at_s, self.has_left_backward = None, False
-        self._channels.clear()
         self._in_flight.clear()
         self._begun.clear()
         self.board.reset(self.rank)
@@ -291,7 +285,7 @@ class Interceptor:
                 made = self._make_aside(lambda: make(group_size, group_rank, ranks, backend, store, name, *args, **kw))
                 process_group = made[0] if isinstance(made, tuple) else made
                 if isinstance(process_group, dist.ProcessGroup):
-                    self._learn(process_group, tuple(ranks), kw.get("group_desc"), sockets.connections() - before)
+                    self.groups.learn(process_group, tuple(ranks), kw.get("group_desc"), sockets.connections() - before)
             return made
 
         return helper
@@ -309,31 +303,9 @@ class Interceptor:
             left.made.add_done_callback(_destroy)
             raise Freed("freed while a group was made: the cell was stopped") from None
 
-    def _learn(self, process_group: Any, ranks: tuple[int, ...], description: str | None, new: frozenset[sockets.Connection]) -> None:
-        ranks = ranks or tuple(range(process_group.size()))
-        description = description or process_group.group_desc
-        name = "world" if description == "default_pg" else description
-        if name in (None, "", "undefined"):
-            name = process_group.group_name
-        key = key_of(f"{self.generation}:{process_group.group_name}:{ranks}")
-        peers = tuple(r for r in ranks if r != self.rank)
-        group = KnownGroup(key=key, name=str(name), ranks=ranks, peers=peers, generation=self.generation, connections=new)
-        self._groups[id(process_group)] = group
-        weakref.finalize(process_group, self._forget, id(process_group), group).atexit = False
-        self.announce(group)
-
-    def _forget(self, identity: int, group: KnownGroup) -> None:
-        """Nobody holds this group any more: what it counts on the board may make room."""
-        self._groups.pop(identity, None)
-        if group.generation == self.generation:
-            for key in (group.key, *(key for key, owner in list(self._channels.items()) if owner == group.key)):
-                self._channels.pop(key, None)
-                self.board.forget(key)
-
     def carries(self, process_group: Any) -> bool:
         """Whether announcements of this group go over the board."""
-        group = self._groups.get(id(process_group))
-        return group is not None and group.generation == self.generation
+        return self.groups.find_current(process_group) is not None
 
     def shares(self, process_group: Any) -> bool:
         """Whether large bytes may go beside gloo too; tapes and faults want to see them in calls of torch."""
@@ -341,9 +313,9 @@ class Interceptor:
 
     def _gather_to_make(self, ranks: Sequence[int], name: str) -> None:
         """Meet the whole world before a group is made: torch's own wait for a rank that does not come can neither be seen nor stopped."""
-        world = self._groups.get(id(dist.group.WORLD)) if dist.is_initialized() else None
+        world = self.groups.find_current(dist.group.WORLD) if dist.is_initialized() else None
         is_for_all = name.isdigit()  # a hashed name is of a group that only its members make
-        if world is None or world.generation != self.generation or not is_for_all or len(ranks) < 2:
+        if world is None or not is_for_all or len(ranks) < 2:
             return
         text = f"new_group(ranks={list(ranks)})"
         line, place = place_of(user_frame(1)[0], text)
@@ -362,13 +334,13 @@ class Interceptor:
     def _collective(self, name: str, operation: Operation, onward: Callable[..., Any], keyset: Any, *args: Any) -> Any:
         try:
             process_group = dist.ProcessGroup.unbox(args[operation.group_at])
-            group = self._groups.get(id(process_group))
+            group = self.groups.find(process_group)
             if group is None:
                 writer = current_writer()
                 if writer is None or not is_stateless_gloo(process_group):
                     return onward(keyset & _BELOW, *args)
                 return self._only_tape(writer, operation, args, lambda: onward(keyset & _BELOW, *args))
-            self._refuse_stale(group, operation.name)
+            self.groups.refuse_stale(group, operation.name)
             return self._watched(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
         finally:
             forget_reduce_op()  # one that nobody read must not be taken for that of a later call from C++
@@ -385,30 +357,6 @@ class Interceptor:
         """While the main thread is inside, a signal is kept for later."""
         return _Busy(self, threading.get_ident() == self._main)
 
-    def _knowing_stale(self, ask: Callable[..., Any]) -> Callable[..., Any]:
-        """Of a group of an older generation torch would say that it was never made, also in place of our own error."""
-
-        @functools.wraps(ask)
-        def wrapped(group: Any = None, *args: Any, **kwargs: Any) -> Any:
-            known = self._groups.get(id(group))
-            if known is not None:
-                self._refuse_stale(known, ask.__name__)
-            return ask(group, *args, **kwargs)
-
-        return wrapped
-
-    def _refusing_stale_models(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """A model whose backward pass was left in the middle would fail inside torch before its first collective."""
-
-        @functools.wraps(forward)
-        def wrapped(model: Any, *args: Any, **kwargs: Any) -> Any:
-            known = self._groups.get(id(model.process_group))
-            if known is not None:
-                self._refuse_stale(known, "DistributedDataParallel.forward")
-            return forward(model, *args, **kwargs)
-
-        return wrapped
-
     def _knowing_hooks(self, register: Callable[..., None]) -> Callable[..., None]:
         """DDP waits in C++ for the futures that a communication hook of the user's gives it."""
 
@@ -424,16 +372,6 @@ class Interceptor:
             return hook(*args)
         finally:
             self._local.is_in_hook = False
-
-    def _refuse_stale(self, group: KnownGroup, what: str) -> None:
-        if group.generation != self.generation:
-            raise StaleGroupError(
-                f"rank {self.rank}: {what} was called on group {group.name!r} of ranks {list(group.ranks)}, "
-                f"which belongs to generation {group.generation}\n"
-                f"the ranks are at generation {self.generation}: a stop found ranks inside gloo, and their connections were closed\n"
-                "make it again: dist.new_group(...) for a group of your own, DistributedDataParallel(model.module) for a wrapped model; "
-                "wb.Group handles and the layout in use follow by themselves"
-            )
 
     def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         frame, is_waited_in_cpp = user_frame(3)
@@ -522,7 +460,8 @@ class Interceptor:
 
         It stands on the board, and gloo is not asked; tapes, faults and diagnoses see an all_gather.
         """
-        operation, group = OPERATIONS[_ANNOUNCING], self._groups[id(process_group)]
+        operation, group = OPERATIONS[_ANNOUNCING], self.groups.find(process_group)
+        assert group is not None, "asked of groups that `carries` announcements alone"
         rows = torch.zeros((len(group.ranks), data.numel()), dtype=torch.uint8)
         args = (rows.view(-1), data, None, False)
         with self._busy():
@@ -573,9 +512,9 @@ class Interceptor:
         sources: Sequence[tuple[int, int]] = ()
         key, peers = group.key, group.peers
         if operation.name == "recv_any":
-            sources = [(r, self._channel(group, r, self.rank, args[2])) for r in peers]
+            sources = [(r, self.groups.channel(group, r, self.rank, args[2])) for r in peers]
             key, peers, text = (
-                self._know_channel(group, f"any>{self.rank}:{args[2]}", f"{ANY_SOURCE}{self.rank}", group.ranks),
+                self.groups.channel_from_any(group, args[2], f"{ANY_SOURCE}{self.rank}"),
                 (),
                 f"{text} from any",
             )
@@ -585,7 +524,7 @@ class Interceptor:
                 raise ValueError(f"{asked}: group {group.name!r} has ranks {group.ranks}")
             peer = group.ranks[args[2]]
             is_send = operation.name == "send"
-            key = self._channel(group, self.rank, peer, args[3]) if is_send else self._channel(group, peer, self.rank, args[3])
+            key = self.groups.channel(group, self.rank, peer, args[3]) if is_send else self.groups.channel(group, peer, self.rank, args[3])
             peers, text = (() if is_send else (peer,)), f"{text} {'to' if is_send else 'from'} rank {peer}"
         called = None if operation.is_point_to_point else calling.called_now()
         line, place = place_of(frame, text if called is None else called.text)
@@ -600,17 +539,6 @@ class Interceptor:
         sequence = self.board.begin(self.rank, call.key, shown, state, call.place, call.line, compared=compared, data=data)
         call.sequence = sequence
         return call
-
-    def _channel(self, group: KnownGroup, source: int, target: int, tag: int) -> int:
-        """The directed channel of a send or recv: counted on both ends like a group of its own."""
-        return self._know_channel(group, f"{source}>{target}:{tag}", f"{source} to {target}", (source, target))
-
-    def _know_channel(self, group: KnownGroup, identity: str, name: str, ranks: tuple[int, ...]) -> int:
-        key = key_of(f"{group.key}:{identity}")
-        if key not in self._channels:
-            self._channels[key] = group.key
-            self.announce(KnownGroup(key=key, name=f"{name} in {group.name}", ranks=ranks, generation=group.generation))
-        return key
 
     def _meet(self, call: Call, *, waits: bool) -> None:
         """Wait for the peers, then compare what each is about to do; a call that does not come to be is taken back."""
