@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -440,11 +441,15 @@ def _sampling_params(requests: Sequence[Request], sampling: Sampling) -> list[An
         "skip_clone": True,  # nobody else has them
     }
     try:
-        if sampling.temperature == 0.0:
-            return [SamplingParams(**options)] * len(requests)
-        return [SamplingParams(**options, seed=request.seed) for request in requests]
+        shared = SamplingParams(**options)
     except Exception as error:  # its own kind, no ValueError
         raise EngineError(f"vLLM does not take this sampling: {error}\n{sampling}") from error
+    if sampling.temperature == 0.0:
+        return [shared] * len(requests)
+    params = [copy(shared) for _ in requests]  # its checks, once
+    for request, own in zip(requests, params, strict=True):
+        own.seed = request.seed
+    return params
 
 
 def _completion(request: Request, output: Any, sent: list[int] | None, with_logprobs: bool) -> Completion:
