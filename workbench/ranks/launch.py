@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.errors import LaunchError
-from workbench.ranks.cluster import Cluster
-from workbench.ranks.processes import LaunchOptions, Processes
+from workbench.ranks.servers import server_of_ranks
+
+if TYPE_CHECKING:
+    from workbench.ranks.cluster import Cluster
 
 __all__ = ["check_options", "launch"]
 
@@ -47,6 +49,10 @@ def launch(
     check_options(world_size, seed, collective_timeout_s, start_method)
     if record not in (None, "failures"):
         raise ValueError(f'record is {record!r}; it must be "failures" or None; cluster.record(dir) records what runs in its block')
+    server = server_of_ranks(start_method)  # imports torch while this process imports the rest
+    from workbench.ranks.cluster import Cluster
+    from workbench.ranks.processes import LaunchOptions, Processes
+
     _replace_the_old_one()
     options = LaunchOptions(
         world_size=world_size,
@@ -56,7 +62,7 @@ def launch(
         start_method=start_method,
         records_failures=record == "failures",
     )
-    processes = Processes(options)
+    processes = Processes(options, server)
     try:
         processes.start_all()
     except BaseException:
@@ -83,6 +89,8 @@ def check_options(world_size: Any, seed: Any = 0, collective_timeout_s: Any = 18
 
 def _replace_the_old_one() -> None:
     """In a notebook, running the launch cell again closes the cluster bound to the name that the cell is about to bind, and says so."""
+    from workbench.ranks.cluster import Cluster
+
     shell_of = getattr(sys.modules.get("IPython"), "get_ipython", None)
     shell = shell_of() if shell_of else None
     if shell is None:

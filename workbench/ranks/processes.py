@@ -25,11 +25,10 @@ from workbench.ranks.doctor import write_owner
 from workbench.ranks.forkserver import FOLDER_VARIABLE, import_at_once
 from workbench.ranks.link import Link
 from workbench.ranks.observer import Observed
-from workbench.ranks.servers import ForkServer, describe_exit, fork_server
+from workbench.ranks.servers import ForkServer, describe_exit
 
-__all__ = ["PRELOAD", "LaunchOptions", "Processes"]
+__all__ = ["LaunchOptions", "Processes"]
 
-PRELOAD = ("workbench.ranks.rank", "workbench.ranks.forming", "cloudpickle", "numpy.random")  # numpy loads its last one late: 30 ms a rank
 _START_LIMIT_S = 120.0
 KEY_VARIABLE = "WORKBENCH_KEY"  # as `wire` names it, which brings torch
 _BACKLOG = 4096
@@ -56,9 +55,13 @@ class LaunchOptions:
 
 
 class Processes:
-    """Ranks, store, board and conductor of one cluster."""
+    """Ranks, store, board and conductor of one cluster.
 
-    def __init__(self, options: LaunchOptions) -> None:
+    Args:
+        server: forks the ranks; it may still import, which goes on while the store is made.
+    """
+
+    def __init__(self, options: LaunchOptions, server: ForkServer) -> None:
         self.options = options
         self.world_size = options.world_size
         self.marks: list[tuple[float, str]] = []
@@ -73,8 +76,7 @@ class Processes:
         self._key = secrets.token_hex(32)
         self._is_closed = False
         _allow_descriptors(options.world_size * _DESCRIPTORS_PER_RANK + 256)
-        preload = PRELOAD if options.start_method == "forkserver" else ()
-        self._server: ForkServer = fork_server(preload)  # starts importing while the store is made
+        self._server = server
         write_owner(self.folder, [self._server.pid])
         self.store_port, self._store = _start_store()
         self.board = Board.create(options.world_size)

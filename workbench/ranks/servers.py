@@ -22,7 +22,9 @@ from typing import Any
 from workbench.errors import LaunchError
 from workbench.ranks.forkserver import Exited, Leave, Spawn, Spawned, read_frame, write_frame
 
-__all__ = ["ForkServer", "describe_exit", "fork_server"]
+__all__ = ["ForkServer", "describe_exit", "fork_server", "server_of_ranks"]
+
+_RANKS_NEED = ("workbench.ranks.rank", "workbench.ranks.forming", "cloudpickle", "numpy.random")  # the last: numpy loads it late, in 30 ms
 
 # read when a library is loaded, so a server that runs already cannot take them over
 _LOAD_TIME_NAMES = ("LD_PRELOAD", "LD_LIBRARY_PATH", "MALLOC_", "KMP_", "OMP_", "GOMP_", "MKL_", "PYTHON", "CUDA_VISIBLE_DEVICES")
@@ -198,6 +200,11 @@ def fork_server(preload: Sequence[str], extra: Mapping[str, str] | None = None) 
         if server is None or not server.is_alive:
             server = _servers[key] = ForkServer(preload, extra or {})
         return server
+
+
+def server_of_ranks(start_method: str = "forkserver") -> ForkServer:
+    """The one that forks ranks; with "spawn" it imports nothing, and each rank all for itself."""
+    return fork_server(_RANKS_NEED if start_method == "forkserver" else ())
 
 
 @atexit.register
