@@ -159,7 +159,7 @@ def _ours_and_torch(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dic
     import workbench as wb
 
     with wb.launch(num_ranks) as cluster:
-        told = {size: cluster.run(_in_rank, size, _fewer(size, num_calls)) for size in sizes}
+        told = {size: cluster.run(_in_rank, size, _calls_of(size, num_calls)) for size in sizes}
     return {size: (_slowest([ours for ours, _ in ranks]), _slowest([plain for _, plain in ranks])) for size, ranks in told.items()}
 
 
@@ -168,7 +168,10 @@ def _slowest(ranks: list[Calls]) -> Calls:
     return {name: tuple(map(max, zip(*(told[name] for told in ranks), strict=True))) for name in ranks[0]}
 
 
-def _fewer(size: int, num_calls: int) -> int:
+def _calls_of(size: int, num_calls: int) -> int:
+    """More of the smallest, which a core that slept or was taken away makes many times longer; fewer of the largest."""
+    if size < 1 << 16:
+        return 10 * num_calls
     return num_calls if size < 1 << 24 else max(2, num_calls // 4)
 
 
@@ -199,5 +202,5 @@ def _in_rank(size: int, num_calls: int) -> tuple[Calls, Calls]:
 
 
 def _vllm(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[str, list[float]]:
-    answer = run_peer(torchrun(num_ranks, "benchmarks.peers.vllm_coordinator", *(f"{size}:{_fewer(size, num_calls)}" for size in sizes)))
+    answer = run_peer(torchrun(num_ranks, "benchmarks.peers.vllm_coordinator", *(f"{size}:{_calls_of(size, num_calls)}" for size in sizes)))
     return dict(answer.values["seconds"])
