@@ -388,9 +388,14 @@ def test_a_second_engine_lives_beside_the_first(engines: dict[str, Engine]) -> N
     assert engines["vllm"].generate(PROMPTS, GREEDY).texts == texts
 
 
+def model_runner_of(engine: Engine) -> Any:
+    assert isinstance(engine, VLLMEngine)
+    return engine._rpc(lambda worker: worker.model_runner)
+
+
 @pytest.mark.parametrize("kept", [None, 3], ids=["all tokens", "top 3"])
 def test_seeded_rows_draw_what_vllm_draws(engines: dict[str, Engine], kept: int | None) -> None:
-    runner = engines["vllm"]._rpc(lambda worker: worker.model_runner)  # type: ignore[attr-defined]
+    runner = model_runner_of(engines["vllm"])
     sampler = runner.sampler.topk_topp_sampler
     top_k = None if kept is None else torch.full((40,), kept)
 
@@ -408,7 +413,7 @@ def test_seeded_rows_draw_what_vllm_draws(engines: dict[str, Engine], kept: int 
 
 @pytest.mark.parametrize("rows", [1, 400])
 def test_layers_of_plain_weights_multiply_as_torch_does(engines: dict[str, Engine], rows: int) -> None:
-    runner = engines["vllm"]._rpc(lambda worker: worker.model_runner)  # type: ignore[attr-defined]
+    runner = model_runner_of(engines["vllm"])
     layers = [layer for layer in runner.model.modules() if getattr(layer, "cpu_linear", None) is not None]
     assert len(layers) == 4 * 3 + 2, "four matrices a layer, the embedding and the head"
     for layer in layers:

@@ -55,7 +55,8 @@ class SleepingCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM has no types h
                 "it does that on this processor for this dtype; pass dtype='float32'"
             )
         for layer in self.model_runner.model.modules():
-            if getattr(layer, "cpu_linear", None) is not None:  # vLLM's name for what multiplies with a layer's weights
+            # vLLM's name for what multiplies with a layer's weights; for other dtypes it chooses well itself
+            if getattr(layer, "cpu_linear", None) is not None and layer.weight.dtype == torch.float32:
                 layer.cpu_linear = _linear
 
     def prepare_sleep(self) -> None:
@@ -81,8 +82,8 @@ class SleepingCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM has no types h
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`linear` over plain weights; torch gives float32 to MKL, which on AMD's processors takes 2 to 4 times as long as oneDNN."""
-    if x.dtype == torch.float32 and x.numel() * weight.shape[0] >= _ONEDNN_FROM and torch.backends.mkldnn.is_available():
+    """`linear` over plain float32 weights; torch gives them to MKL, which on AMD's processors takes 2 to 4 times as long as oneDNN."""
+    if x.numel() * weight.shape[0] >= _ONEDNN_FROM and torch.backends.mkldnn.is_available():
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product
     return torch.nn.functional.linear(x, weight, bias)
