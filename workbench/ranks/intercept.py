@@ -159,7 +159,6 @@ class Interceptor:
         self._wait_of_torch = dist.Work.wait
         self._abandoned = -1  # the generation that will never come to be
         self.hooks: list[Hook] = []
-        self.announce = announce
         self.groups = KnownGroups(rank=rank, board=board, announce=announce)
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
         self._begun: deque[Any] = deque(maxlen=_MOST_IN_FLIGHT)  # works beside those that gloo may still have in hand, the oldest first

@@ -23,8 +23,8 @@ def announce_place(port: int, place: int, name: str) -> None:
     """Tell the driver that this rank is `place` of the stateless group whose store is on `port`."""
     interceptor = _interceptor()
     if interceptor is not None:
-        key, generation = _key(port, place), interceptor.generation
-        interceptor.announce(KnownGroup(key=key, name=name, ranks=(interceptor.rank,), generation=generation, outlives_generations=True))
+        groups, key = interceptor.groups, _key(port, place)
+        groups.announce(KnownGroup(key=key, name=name, ranks=(groups.rank,), generation=groups.generation, outlives_generations=True))
 
 
 class StoreWait:
