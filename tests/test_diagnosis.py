@@ -41,7 +41,7 @@ def cluster() -> Iterator[Cluster]:
         assert {output.result_text for output in result.values()} == {"4.0"}
 
 
-def told(cluster: Cluster, source: str, *, within_s: float = 3.0) -> wb.RankDeadlock:
+def told(cluster: Cluster, source: str, *, within_s: float = 1.5) -> wb.RankDeadlock:
     started = time.monotonic()
     with pytest.raises(wb.RankDeadlock) as caught:
         cluster.execute(source, timeout_s=20)
