@@ -466,10 +466,16 @@ def test_a_stop_in_the_middle_of_a_large_message_loses_no_names(check, sends, re
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_stop_in_the_middle_of_a_large_reduction_of_a_model_loses_no_names(check):
+@pytest.mark.parametrize(
+    "source",
+    [
+        "model = torch.nn.parallel.DistributedDataParallel(net)\nwhile True: model(x).sum().backward()",  # stopped in a reduction
+        "while True: torch.distributed.utils._sync_params_and_buffers(dist.group.WORLD, [net.weight.data], 1 << 28, 0)",  # as models are made
+    ],
+)
+def test_a_stop_in_the_middle_of_a_large_message_of_a_model_loses_no_names(check, source):
     with wb.launch(2, check_collectives=check) as cluster:
-        cluster.execute("kept = rank\nnet, x = torch.nn.Linear(3000, 3000), torch.ones(1, 3000)")
-        source = "model = torch.nn.parallel.DistributedDataParallel(net)\nwhile True: model(x).sum().backward()"
+        cluster.execute("kept = rank\nnet, x = torch.nn.Linear(4000, 4000), torch.ones(1, 4000)")
         cluster.execute("torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))")  # what that imports may take longer than a stop
         for _ in range(2):
             with paused_again(cluster.pid(1), after_s=0.5):

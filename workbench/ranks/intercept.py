@@ -60,7 +60,7 @@ _LAYER = "BackendSelect"
 _BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 _INDEX = {name: index for index, name in enumerate(OPERATIONS)}
 _ANNOUNCING = "_allgather_base_"  # what an announcement of our own operations is, to those who see calls of torch
-_REDUCTIONS = ("allreduce_", "allreduce_coalesced_")  # DDP asks what they gave and hears of an error; its other calls it only waits for
+_REDUCTIONS = ("allreduce_", "allreduce_coalesced_")  # DDP goes on meanwhile and asks later what they gave; its other calls it waits for
 _UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
 _LARGE = 1 << 20  # bytes; a smaller message hardly stays in its middle, and would be a fifth slower
 _DEAF_S = 0.2  # after its connections were shut gloo raises within milliseconds, or not at all
@@ -381,7 +381,9 @@ class Interceptor:
             return dropped(name, args)
         is_blocking = self._local.is_blocking if operation.is_point_to_point else not operation.is_async(args)
         is_in_hook = self._local.is_in_hook and not is_blocking
+        has_stand_in = is_in_hook or is_waited_in_cpp and name in _REDUCTIONS
         is_waited_in_cpp |= is_in_hook
+        is_blocking |= is_waited_in_cpp and not has_stand_in  # C++ waits at once, where nothing can be left: better here
         is_later = not is_blocking and not is_waited_in_cpp
         started = time.monotonic_ns()
         meets = self.is_checked or is_waited_in_cpp  # C++ waits for those of DDP, where nobody sees it
@@ -396,7 +398,7 @@ class Interceptor:
                 call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
-            if is_in_hook or is_waited_in_cpp and name in _REDUCTIONS:
+            if has_stand_in:
                 stand_in = leaving.StandIn(work)
                 self._keep(stand_in)
                 out = (*out[:-1], stand_in.boxed) if isinstance(out, tuple) else stand_in.boxed
