@@ -470,7 +470,7 @@ def test_a_stop_in_the_middle_of_a_large_message_loses_no_names(check, sends, re
     "source",
     [
         "model = torch.nn.parallel.DistributedDataParallel(net)\nwhile True: model(x).sum().backward()",  # stopped in a reduction
-        "while True: torch.distributed.utils._sync_params_and_buffers(dist.group.WORLD, [net.weight.data], 1 << 28, 0)",  # as models are made
+        "while True: torch.distributed.utils._sync_params_and_buffers(dist.group.WORLD, [net.weight.data], 1 << 28, 0)",  # as DDP does
     ],
 )
 def test_a_stop_in_the_middle_of_a_large_message_of_a_model_loses_no_names(check, source):
