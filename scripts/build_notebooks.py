@@ -104,6 +104,8 @@ def _clean_output(output: Any) -> Any:
         output.evalue = LIBRARY_FRAME.sub("", output.evalue)
         return output
     data = {kind: output.data[kind] for kind in KEPT_TYPES if kind in output.data}
+    if "image/png" in data and data.get("text/html", "").startswith("<img "):  # the same once more, which some code hosts do not show
+        del data["text/html"]
     if not data.get("text/html", "shown").strip() and set(data) <= {"text/html", "text/plain"}:  # a progress line, taken away again
         return None
     output.data = nbformat.from_dict({kind: ADDRESS.sub("", value) if kind == "text/plain" else value for kind, value in data.items()})

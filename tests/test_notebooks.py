@@ -102,7 +102,12 @@ def test_cleaning_keeps_pictures_and_drops_noise():
         new_output("display_data", {"text/html": "", "text/plain": "<IPython.core.display.HTML object>"}),
         new_output(
             "execute_result",
-            {"image/png": "abc", "application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "<A at 0x7f0012345678>"},
+            {
+                "image/png": "abc",
+                "text/html": '<img src="data:image/png;base64,abc">',
+                "application/vnd.jupyter.widget-view+json": {"model_id": "1"},
+                "text/plain": "<A at 0x7f0012345678>",
+            },
             execution_count=7,
             metadata={"image/png": {"width": 9}, "other": 1},
         ),

@@ -127,10 +127,14 @@ def test_a_notebook_shows_axes_as_a_picture_with_words_beside_it():
     ax = make_run().plot_lengths()
     assert isinstance(ax, PictureAxes)
     data, metadata = ax._repr_mimebundle_()
-    assert data["image/png"].startswith(b"\x89PNG") and metadata["image/png"] == {"width": 640, "height": 360}
-    assert data["text/plain"].endswith("(completions over completion length, tokens)")
+    words = alt_text(ax)
+    assert words.endswith("(completions over completion length, tokens)")
+    assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG") and data["text/plain"] == words
+    assert metadata["image/png"] == {"width": 640, "height": 360, "alt": words}
+    (image,) = Page(data["text/html"]).images
+    assert image["alt"] == words and image["width"] == "640" and image["src"] == f"data:image/png;base64,{data['image/png']}"
     shown, _ = DisplayFormatter().format(ax)  # as IPython asks for it
-    assert shown["image/png"].startswith(b"\x89PNG") and shown["text/plain"] == data["text/plain"]
+    assert shown == data
 
 
 @pytest.mark.parametrize("size", [FULL_SIZE, SMALL_SIZE, (5.01, 3.337)])

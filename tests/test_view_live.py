@@ -342,7 +342,7 @@ def test_closing_replaces_the_picture_by_the_last_one(monkeypatch):
     assert [kind for kind, _, _ in calls] == ["display", "update"] and calls[0][2] == calls[1][2]
     assert calls[0][1]["text/plain"].startswith("2 ranks: 2 idle") and "1 waits" in calls[1][1]["text/plain"]
     assert calls[0][1]["image/png"] != calls[1][1]["image/png"]
-    assert set(calls[1][1]) == {"image/png", "text/plain"}  # no widget that a page without a kernel would look for
+    assert set(calls[1][1]) == {"image/png", "text/html", "text/plain"}  # no widget that a page without a kernel would look for
 
 
 @pytest.mark.parametrize("scale", [1, 2])

@@ -139,8 +139,7 @@ class PictureAxes(Axes):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
         figure = self.get_figure(root=True)
         assert isinstance(figure, Figure)
-        width, height = (round(float(inches) * 100) for inches in figure.get_size_inches())
-        return {"image/png": figure_png(figure), "text/plain": alt_text(self)}, {"image/png": {"width": width, "height": height}}
+        return static_face(figure_png(figure), alt_text(self))
 
 
 def new_axes(size: tuple[float, float] = FULL_SIZE) -> Axes:
@@ -255,16 +254,28 @@ def figure_png(figure: Figure, *, dpi: int = DPI) -> bytes:
 
 
 def static_face(png: bytes, words: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Data and metadata of what stands for a widget where it cannot live: its picture at 100 points an inch, and the same in words."""
-    width, height = struct.unpack(">II", png[16:24])  # of a PNG's first chunk
-    size = {"width": round(width * 100 / DPI), "height": round(height * 100 / DPI)}
-    return {"image/png": base64.b64encode(png).decode("ascii"), "text/plain": words}, {"image/png": size}
+    """Data and metadata of a picture and what it says; it stands for a widget too, where that cannot live.
+
+    As HTML it has the words as alt text, which pages give to no PNG; there it is under the key of `IPython.display.Image`.
+    """
+    width, height = _size_of(png)
+    data = {"text/html": _img(png, words), "image/png": base64.b64encode(png).decode("ascii"), "text/plain": words}
+    return data, {"image/png": {"width": width, "height": height, "alt": words}}
 
 
-def img_tag(ax: Axes, *, dpi: int = DPI) -> str:
-    """An HTML image that carries the picture and its alt text within itself."""
+def img_tag(ax: Axes) -> str:
+    """The whole figure of these axes as an HTML image that carries picture and alt text within itself."""
     figure = ax.get_figure(root=True)
     assert isinstance(figure, Figure)
-    width = round(float(figure.get_size_inches()[0]) * 100)
-    data = base64.b64encode(figure_png(figure, dpi=dpi)).decode("ascii")
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt_text(ax), quote=True)}" width="{width}">'
+    return _img(figure_png(figure), alt_text(ax))
+
+
+def _img(png: bytes, words: str) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(words, quote=True)}" width="{_size_of(png)[0]}">'
+
+
+def _size_of(png: bytes) -> tuple[int, int]:
+    """Width and height at 100 points an inch."""
+    width, height = struct.unpack(">II", png[16:24])  # of a PNG's first chunk
+    return round(width * 100 / DPI), round(height * 100 / DPI)
