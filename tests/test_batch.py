@@ -50,6 +50,19 @@ def test_packing_keeps_tokens_texts_and_reasons() -> None:
     assert batch.weight_versions.tolist() == [3, 3, 3] and batch.prompt_hashes.tolist() == [r.prompt_hash for r in requests]
 
 
+def test_a_batch_is_shown_in_a_few_lines() -> None:
+    requests = expand(["ab", list(range(20)), "c" * 99], Sampling(), num_samples=[2, 1, 4])
+    done = [Completion([7, 8], "xyz", FinishReason.LENGTH, r.prompt_hash) for r in requests]
+    done[1] = Completion([], "", FinishReason.ERROR, requests[1].prompt_hash, error="choked")
+    prompts = ["ab", list(range(20)), "c" * 99]
+    batch = pack_completions(prompts, requests, done, num_prompt_tokens=[2, 20, 99], weight_version=0, with_logprobs=False)
+    head, *lines = repr(batch).splitlines()
+    assert head == "RolloutBatch: 7 completions of 3 prompts, 12 tokens, 6 cut at the limit, 1 failed"
+    assert lines[:3] == ["  'ab' -> 'xyz'", "  'ab' -> failed: choked", "  [0, 1, 2, 3, 4, 5, 6, 7, ...] -> 'xyz'"]
+    assert lines[3].startswith("  'ccc") and len(lines[3]) < 70 and lines[4:] == ["  ... and 3 more"]
+    assert repr(empty_batch()) == "RolloutBatch: 0 completions of 0 prompts, 0 tokens, 0 cut at the limit"
+
+
 def test_a_missing_completion_is_told() -> None:
     with pytest.raises(ValueError, match="0 completions for 1 requests"):
         pack_completions(["a"], expand(["a"], Sampling()), [], num_prompt_tokens=[1], weight_version=0, with_logprobs=False)

@@ -30,6 +30,7 @@ def last_cell(cluster: Cluster, source: str) -> int:
 def test_arrivals_are_told_from_the_first(cluster):
     cell = last_cell(cluster, "time.sleep(0.2 * rank)\ndist.all_reduce(x)")
     frame = cluster.ledger()
+    assert frame.start_s.is_monotonic_increasing and 0 < frame.start_s.iloc[0] < frame.start_s.iloc[-1] < 120  # since launch
     mine = frame[frame.cell == cell].set_index("rank")
     assert mine.skew_s[0] == 0 and 0.1 < mine.skew_s[1] < mine.skew_s[2] < 2
     assert mine.wait_s[0] > mine.wait_s[1] > mine.wait_s[2] and (mine.duration_s >= mine.wait_s).all()

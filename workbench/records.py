@@ -6,9 +6,12 @@ Times are seconds on the machine's monotonic clock (`time.monotonic()`, the same
 from __future__ import annotations
 
 import html
+import reprlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
+from itertools import zip_longest
 from numbers import Real
 from typing import Any
 
@@ -40,6 +43,10 @@ __all__ = [
     "Transfer",
     "Waiter",
 ]
+
+_NUM_SHOWN = 4
+_SHORT = reprlib.Repr()
+_SHORT.maxstring, _SHORT.maxlist = 50, 8
 
 Prompt = str | list[int] | dict[str, Any]  # text, token ids, or {"prompt": ..., "images": [...]} / {"messages": [...]}
 
@@ -227,6 +234,20 @@ class RolloutBatch:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def __repr__(self) -> str:
+        ends = Counter(self.finish_reasons)
+        parts = [
+            f"{len(self)} completions of {len(self.prompts)} prompts",
+            f"{len(self.tokens):,} tokens",
+            f"{ends['length']} cut at the limit",
+            *(f"{ends[reason]} {told}" for reason, told in (("abort", "aborted"), ("error", "failed")) if ends[reason]),
+        ]
+        answers = [f"failed: {error}" if error else _SHORT.repr(text) for text, error in zip_longest(self.texts, self.errors)]
+        asked = [_SHORT.repr(self.prompts[at]) for at in self.prompt_index[:_NUM_SHOWN]]
+        shown = [f"  {prompt} -> {answer}" for prompt, answer in zip(asked, answers, strict=False)]
+        rest = [f"  ... and {len(self) - _NUM_SHOWN} more"] if len(self) > _NUM_SHOWN else []
+        return "\n".join([f"RolloutBatch: {', '.join(parts)}", *shown, *rest])
 
     @property
     def lengths(self) -> NDArray[np.int64]:

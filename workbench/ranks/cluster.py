@@ -531,9 +531,10 @@ class Cluster:
     def ledger(self) -> pd.DataFrame:
         """A row a collective and rank, the last 4,096 of each rank.
 
-        Columns: rank, op, group, sequence, num_bytes, start_s, skew_s, wait_s, duration_s, cell, line.
+        Columns: rank, op, group, sequence, num_bytes of the rank's tensors, start_s since launch, skew_s after the first member that
+        arrived, wait_s until the last had, duration_s in all, cell, line.
         """
-        return ledger_frame(self._conductor.board, self._conductor.groups)
+        return ledger_frame(self._conductor.board, self._conductor.groups, since_s=self._processes.began_s)
 
     def stragglers(self, cell: int | None = None) -> Stragglers:
         """Who made whom wait, and for how long, in one cell or in all that the ledger holds: a table and a sentence."""

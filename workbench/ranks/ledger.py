@@ -18,17 +18,18 @@ __all__ = ["ledger_frame", "write_perfetto"]
 _COLUMNS = ("rank", "op", "group", "sequence", "num_bytes", "start_s", "skew_s", "wait_s", "duration_s", "cell", "line")
 
 
-def ledger_frame(board: Board, groups: Mapping[int, GroupFormed]) -> pd.DataFrame:
+def ledger_frame(board: Board, groups: Mapping[int, GroupFormed], *, since_s: float) -> pd.DataFrame:
     """A row a collective and rank.
 
-    Columns: num_bytes of this rank's tensors; start_s on the monotonic clock; skew_s after the first member that arrived; wait_s until the
-    last peer had arrived (of an asynchronous call: while it was waited for; of a send, and where calls are not checked: the moving of data
-    too); duration_s in all.
+    Columns: num_bytes of this rank's tensors; start_s after `since_s` on the monotonic clock; skew_s after the first member that arrived;
+    wait_s until the last peer had arrived (of an asynchronous call: while it was waited for; of a send, and where calls are not checked:
+    the moving of data too); duration_s in all.
     """
     import pandas as pd
 
     from workbench.ranks.operations import LEDGER_NAMES as names
 
+    since_ns = int(since_s * 1e9)
     held = {rank: board.ledger_rows(rank) for rank in range(board.world_size)}
     first: dict[tuple[int, int], int] = {}
     for _, key, sequence, _, start, *_ in (row for own in held.values() for row in own):
@@ -37,7 +38,7 @@ def ledger_frame(board: Board, groups: Mapping[int, GroupFormed]) -> pd.DataFram
     for rank, own in held.items():
         for op, key, sequence, size, start, arrived, end, where in own:
             group = groups[key].name if key in groups else "(earlier generation)"
-            times = [t / 1e9 for t in (start, start - first[key, sequence], arrived - start, end - start)]
+            times = [t / 1e9 for t in (start - since_ns, start - first[key, sequence], arrived - start, end - start)]
             rows.append((rank, names[op], group, sequence, size, *times, where >> 20, where & 0xFFFFF))
     return pd.DataFrame(rows, columns=list(_COLUMNS)).sort_values(["start_s", "rank"], ignore_index=True)
 

@@ -63,6 +63,7 @@ class Processes:
 
     def __init__(self, options: LaunchOptions, server: ForkServer) -> None:
         self.options = options
+        self.began_s = time.monotonic()
         self.world_size = options.world_size
         self.marks: list[tuple[float, str]] = []
         self.observed: list[Observed] = []  # engines of this cluster, for live views

@@ -377,7 +377,7 @@ def _pack(value: Any, what: str) -> Packed:
         raise TypeError(
             f"{what} cannot travel to the driver: a {type(value).__name__} cannot be pickled ({error})\n"
             "bring numbers, arrays, tensors or lists of them; look at the rest on the ranks, in a cell"
-        ) from error
+        ) from None  # the text has all of it
 
 
 def _refuse_to_ask(rank: int) -> None:
