@@ -96,6 +96,9 @@ def test_pictures_follow_sliders_clicks_menus_and_keys(explorers):
     print("\n" + "\n".join(f"{ms:6.0f} ms  {what}" for what, ms in took.items()))
     assert {what.partition(":")[0] for what in took} == set(EXPLORERS)
     assert not {what: round(ms) for what, ms in took.items() if ms > LIMIT_MS}
+    labels = explorers["memory"].locator("[data-chart='time'] text").all_text_contents()
+    axis = [text.split()[1] for text in labels if text.endswith("iB")]
+    assert axis in (["MiB"] * len(axis), ["GiB"] * len(axis)) and axis
     click_rank(explorers["layout"], 6, 0)
     expect(explorers["layout"].locator("[role='status']").first).to_contain_text("rank 6")
     expect(explorers["layout"].locator("[data-axis='tp']").first).to_contain_text("4-7")

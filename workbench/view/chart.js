@@ -70,10 +70,11 @@ function timeChart({ layers, looks, rows = [], label, height = 190, onCursor = (
         svgNode("text", { x: x(t), y: bottom + 14, "text-anchor": "middle" }, t));
     }
     back.append(svgNode("text", { x: (LEFT + W) / 2, y: H - 4, "text-anchor": "middle" }, "seconds since the start"));
-    for (const m of ticks(0, peak, 4)) {
-      const y = base - m / peak * height;
+    const [unit, scale] = peak >= 1024 ? ["GiB", 1024] : ["MiB", 1];  // one for the whole axis
+    for (const m of ticks(0, peak / scale, 4)) {
+      const y = base - m * scale / peak * height;
       back.append(svgNode("line", { x1: LEFT, x2: W - RIGHT, y1: y, y2: y, stroke: "currentColor", opacity: 0.12 }),
-        svgNode("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, inMemory(m)));
+        svgNode("text", { x: LEFT - 6, y: y + 4, "text-anchor": "end" }, `${m} ${unit}`));
     }
   }
   function drawAreas(peak) {
