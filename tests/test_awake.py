@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
 
 import pytest
 
+from workbench.ranks import awake
 from workbench.ranks.awake import Awake
 
 
@@ -15,7 +15,7 @@ from workbench.ranks.awake import Awake
 def cores(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """Four cores, and a clock on which each look at it takes 10 us, so that a busy machine changes nothing."""
     found, ticks = set(range(4)), itertools.count(step=10_000)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: found)
+    monkeypatch.setattr(awake, "num_usable_cores", lambda: len(found))
     monkeypatch.setattr(time, "monotonic_ns", lambda: next(ticks))
     return found
 

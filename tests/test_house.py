@@ -21,11 +21,12 @@ MAY_IMPORT = {  # part -> parts that it may import; one that is not here (cli, .
     "errors": {"records"},
     "records": set[str](),
     "plan": LEAVES,
-    "environment": set[str](),
+    "cores": set[str](),
+    "environment": {"cores"},
     "home": set[str](),
-    "ranks": LEAVES | {"plan", "environment", "home"},
+    "ranks": LEAVES | {"plan", "environment", "home", "cores"},
     "models": LEAVES | {"plan"},
-    "rollout": LEAVES | {"plan", "ranks", "models", "run", "live", "store", "environment"},  # what it ran is told as a Run
+    "rollout": LEAVES | {"plan", "ranks", "models", "run", "live", "store", "environment", "cores"},  # what it ran is told as a Run
     "learn": LEAVES | {"plan", "ranks", "models", "rollout"},
     "frames": LEAVES | {"plan"},
     "store": RECORDS,

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 
 import workbench
+from workbench.cores import num_usable_cores
 
 __all__ = ["describe_environment", "fingerprint_model"]
 
@@ -29,7 +30,7 @@ def describe_environment() -> dict[str, Any]:
         "machine": {
             "system": platform.platform(),
             "num_cores": os.cpu_count(),
-            "num_usable_cores": len(os.sched_getaffinity(0)),
+            "num_usable_cores": num_usable_cores(),
             "memory_bytes": psutil.virtual_memory().total,
         },
         "environment": {name: value for name, value in sorted(os.environ.items()) if _is_told(name)},

@@ -11,6 +11,8 @@ import os
 import time
 from collections.abc import Callable
 
+from workbench.cores import num_usable_cores
+
 __all__ = ["Awake"]
 
 _LIMIT_NS = 400_000
@@ -26,7 +28,7 @@ class Awake:
     """
 
     def __init__(self, num_processes: int) -> None:
-        self._is_wanted = num_processes <= len(os.sched_getaffinity(0))
+        self._is_wanted = num_processes <= num_usable_cores()
         self._in_vain = 0
         self._rest = 0
 

@@ -275,26 +275,34 @@ class Collectives(PointToPoint):
     def _gather_ragged(self, tensors: list[Tensor], dim: int, sizes: Sequence[int] | None) -> tuple[list[Tensor], list[int]]:
         """What all_gatherv gives, and the rows of each member."""
         own: list[Tensor] = []
+        row_bytes: list[int] = []
 
         def describe() -> Announcement:
             text, rows = arguments.ragged(tensors, dim, sizes, self.rank_in_group, self.world_size)
-            own[:] = [bytes_of(tensor.movedim(dim, 0)) for tensor in tensors]
+            moved = [_rows_first(tensor, dim) for tensor in tensors]
+            row_bytes[:] = [prod(tensor.shape[1:]) * tensor.element_size() for tensor in moved]
+            own[:] = [bytes_of(tensor) for tensor in moved]
             return self._bringing(text, rows, own)
 
         heard = self._exchange(describe)
         rows = [a.number for a in heard]
         if self.world_size == 1:
             return tensors, rows
-        row_bytes = [prod(tensor.movedim(dim, 0).shape[1:]) * tensor.element_size() for tensor in tensors]
         parts = self._gather_announced(own, heard, [count * sum(row_bytes) for count in rows])
+        if len(tensors) == 1:
+            return [_rows(tensors[0], dim, sum(rows), parts)], rows
         pieces = [part.split([count * size for size in row_bytes]) for count, part in zip(rows, parts, strict=True)]
         return [_rows(tensor, dim, sum(rows), column) for tensor, column in zip(tensors, zip(*pieces, strict=True), strict=True)], rows
 
 
+def _rows_first(tensor: Tensor, dim: int) -> Tensor:
+    return tensor if dim == 0 else tensor.movedim(dim, 0)
+
+
 def _rows(like: Tensor, dim: int, num_rows: int, parts: Sequence[Tensor]) -> Tensor:
     """A tensor of num_rows along `dim`, from the bytes of each member's rows."""
-    gathered = from_bytes(joined(parts), like.dtype, (num_rows, *like.movedim(dim, 0).shape[1:]))
-    return gathered.movedim(0, dim).contiguous().to(like.device)
+    gathered = from_bytes(joined(parts), like.dtype, (num_rows, *_rows_first(like, dim).shape[1:]))
+    return (gathered if dim == 0 else gathered.movedim(0, dim).contiguous()).to(like.device)
 
 
 def _side_by_side(gathered: Tensor, like: Tensor, dim: int, size: int) -> Tensor:

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from workbench.cores import num_usable_cores
 from workbench.errors import LaunchError
 from workbench.plan.layout import Layout
 from workbench.ranks.board import Board
@@ -138,7 +139,7 @@ class Processes:
             generation=generation,
             timeout_s=self.options.collective_timeout_s,
             is_checked=self.options.check_collectives,
-            num_threads=max(1, len(os.sched_getaffinity(0)) // self.world_size),
+            num_threads=max(1, num_usable_cores() // self.world_size),
             layout=self.layout,
             tape_folder=str(self.tape_folder) if self.options.records_failures else "",
         )

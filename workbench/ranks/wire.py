@@ -43,8 +43,10 @@ _DIGEST_BYTES = 32
 def bytes_of(tensor: Tensor) -> Tensor:
     """The elements of a tensor as bytes: uint8 [numel * itemsize] on the CPU, sharing memory with a contiguous CPU tensor."""
     check_dense(tensor)
-    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return plain.reshape(-1).view(torch.uint8)
+    plain = tensor.detach()
+    if plain.is_complex() or plain.is_neg():
+        plain = plain.resolve_conj().resolve_neg()
+    return plain.cpu().contiguous().view(-1).view(torch.uint8)
 
 
 def check_dense(tensor: Tensor) -> None:

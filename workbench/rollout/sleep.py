@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from workbench.cores import num_usable_cores
 from workbench.errors import EngineError
 from workbench.rollout.engine import PhaseTimes
 
@@ -40,7 +41,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _MADV_DONTNEED = 4
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
-_NUM_READERS = min(4, len(os.sched_getaffinity(0)))
+_NUM_READERS = min(4, num_usable_cores())
 _CHUNK_BYTES = 1 << 30  # one read or write moves at most 2 GiB - 4 KiB
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench import models
+from workbench.cores import num_usable_cores
 from workbench.errors import ClusterClosed, EngineError
 from workbench.ranks.forkserver import FOLDER_VARIABLE
 from workbench.ranks.history import as_one_call
@@ -150,7 +151,7 @@ class _Starter:
             tp=self.spec.tp,
             store_port=self.store_port,
             store_prefix=f"engine/{self.identity}/{index // self.spec.tp}",
-            num_threads=max(1, len(os.sched_getaffinity(0)) // count),
+            num_threads=max(1, num_usable_cores() // count),
             options=self._options(log, count),
         )
         ours, theirs = socket.socketpair()
