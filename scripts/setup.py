@@ -231,7 +231,7 @@ def install_lock(venv: str, device: str) -> None:
             pip.install("--index-url", TORCH_CPU_INDEX, *torch)
     pip.install("-r", lock_path(device), num_packages=len(lines))
     say("  compiling, a minute or so")  # by all cores, where pip uses one; few of the many models are ever loaded; templates may fail
-    command = [pip.python, "-m", "compileall", "-q", "-j", "0", "-x", "/(tests|testing|models)/", os.path.join(venv, "lib")]
+    command = [pip.python, "-W", "ignore", "-m", "compileall", "-q", "-j", "0", "-x", "/(tests|testing|models)/", os.path.join(venv, "lib")]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
 
 

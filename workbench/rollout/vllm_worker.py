@@ -62,7 +62,8 @@ class SleepingCPUWorker(CPUWorker):  # type: ignore[misc]  # vLLM has no types h
     def prepare_sleep(self) -> None:
         """After the KV cache is there: know all memory, and commit the cache so that the first sleep frees all of it."""
         _rewind_generators(self.model_runner)
-        _draw_in_place(self.model_runner.sampler.topk_topp_sampler)
+        if hasattr(torch.ops._C, "fused_gumbel_argmax"):  # vLLM 0.24 draws otherwise
+            _draw_in_place(self.model_runner.sampler.topk_topp_sampler)
         self.model_runner.model.requires_grad_(False)
         folder = self.vllm_config.additional_config.get("workbench_backup_dir")
         self.sleeper = Sleeper(
