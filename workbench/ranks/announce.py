@@ -56,8 +56,8 @@ def carrying(text: str, data: Tensor) -> Announcement:
     return Announcement(text, data.numel(), data=data if 0 < data.numel() <= ROOM_BYTES else None)
 
 
-def encode(announcement: Announcement) -> Tensor:
-    """uint8 [NUM_BYTES]; a text that is too long ends in its checksum."""
+def encode(announcement: Announcement) -> bytearray:
+    """`NUM_BYTES` bytes; a text that is too long ends in its checksum."""
     text = announcement.text.encode()
     if len(text) > _TEXT_BYTES:  # what is cut is still compared, by its checksum
         text = text[: _TEXT_BYTES - 24].decode(errors="ignore").encode() + f"... [{zlib.crc32(text):08x}]".encode()
@@ -67,18 +67,19 @@ def encode(announcement: Announcement) -> Tensor:
     _HEAD.pack_into(data, 0, announcement.number, announcement.is_refusal, parcel is not None, len(text), len(carried))
     data[_HEAD.size : _HEAD.size + len(text)] = text
     data[NUM_BYTES - ROOM_BYTES : NUM_BYTES - ROOM_BYTES + len(carried)] = carried
-    return torch.frombuffer(data, dtype=torch.uint8)
+    return data
 
 
-def decode(data: Tensor) -> Announcement:
-    """The inverse of `encode`, from uint8 [NUM_BYTES]."""
-    raw = data[: NUM_BYTES - ROOM_BYTES].numpy().tobytes()
-    number, is_refusal, is_parcel, length, carried = _HEAD.unpack_from(raw)
-    text = raw[_HEAD.size : _HEAD.size + length].decode(errors="replace")
-    brought = data[NUM_BYTES - ROOM_BYTES :][:carried] if carried else None
-    if is_parcel and brought is not None:
-        return Announcement(text, number, is_refusal, parcel=Parcel.unpack(brought.numpy().tobytes()))
-    return Announcement(text, number, is_refusal, brought)
+def decode(data: memoryview) -> Announcement:
+    """The inverse of `encode`; the bytes that it brings stay where they are."""
+    number, is_refusal, is_parcel, length, carried = _HEAD.unpack_from(data)
+    text = str(data[_HEAD.size : _HEAD.size + length], "utf-8", "replace")
+    if not carried:
+        return Announcement(text, number, is_refusal)
+    brought = data[NUM_BYTES - ROOM_BYTES :][:carried]
+    if is_parcel:
+        return Announcement(text, number, is_refusal, parcel=Parcel.unpack(brought.tobytes()))
+    return Announcement(text, number, is_refusal, torch.frombuffer(brought, dtype=torch.uint8))
 
 
 def agree(announcements: Sequence[Announcement], *, ranks: Sequence[int], name: str) -> None:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
-from torch import Tensor
-
-__all__ = ["Called", "Carrier", "Row", "announcing", "called_now", "carrier", "named", "named_as", "set_carrier"]
+__all__ = ["Announcing", "Called", "Carrier", "Row", "called_now", "carrier", "named", "named_as", "set_carrier"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,20 +77,24 @@ def called_now() -> Called | None:
     return getattr(_local, "called", None)
 
 
-@contextmanager
-def announcing(text: str, num_bytes: int) -> Iterator[None]:
+class Announcing:  # no generator: it is entered in every operation
     """The call inside is the announcement of "all_reduce sum float32 [2]"; `num_bytes` go along with it."""
-    called = called_now()
-    if called is None:
-        yield
-        return
-    _, _, rest = text.partition(" ")
-    called.text, called.is_announcing = f"{called.name}({rest})", True
-    called.num_bytes += num_bytes
-    try:
-        yield
-    finally:
-        called.is_announcing = False
+
+    __slots__ = ("_called", "_num_bytes", "_text")
+
+    def __init__(self, text: str, num_bytes: int) -> None:
+        self._text = text
+        self._num_bytes = num_bytes
+        self._called = called_now()
+
+    def __enter__(self) -> None:
+        if called := self._called:
+            called.text, called.is_announcing = f"{called.name}({self._text.partition(' ')[2]})", True
+            called.num_bytes += self._num_bytes
+
+    def __exit__(self, *_: object) -> None:
+        if self._called is not None:
+            self._called.is_announcing = False
 
 
 def named(operation: Callable[P, T]) -> Callable[P, T]:
@@ -134,8 +135,8 @@ class Carrier(Protocol):
         """Whether announcements of this group go over the board."""
         ...
 
-    def exchange(self, process_group: Any, data: Tensor) -> Tensor:
-        """What each member of such a group announces, uint8 [num_members, num_bytes]; `data` is this rank's."""
+    def exchange(self, process_group: Any, data: bytearray) -> Sequence[memoryview]:
+        """What each member of such a group announces, as the process group orders them; `data` is this rank's."""
         ...
 
     def shares(self, process_group: Any) -> bool:
@@ -151,7 +152,7 @@ class _Gloo:
     def carries(self, process_group: Any) -> bool:
         return False
 
-    def exchange(self, process_group: Any, data: Tensor) -> Tensor:
+    def exchange(self, process_group: Any, data: bytearray) -> Sequence[memoryview]:
         raise AssertionError("asked to carry what it does not")
 
     def shares(self, process_group: Any) -> bool:

@@ -456,22 +456,23 @@ class Interceptor:
         """Put one operation of ours in the ledger."""
         self.board.note(self.rank, (LEDGER_NAMES.index(name), *row))
 
-    def exchange(self, process_group: Any, data: torch.Tensor) -> torch.Tensor:
-        """What the members of a group announce, uint8 [num_members, num_bytes]; `data`, uint8 [num_bytes], is this rank's.
+    def exchange(self, process_group: Any, data: bytearray) -> Sequence[memoryview]:
+        """What the members of a group announce, as many bytes each; `data` is this rank's.
 
         It stands on the board, and gloo is not asked; tapes, faults and diagnoses see an all_gather.
         """
         operation, group = OPERATIONS[_ANNOUNCING], self.groups.find(process_group)
         assert group is not None, "asked of groups that `carries` announcements alone"
-        rows = torch.zeros((len(group.ranks), data.numel()), dtype=torch.uint8)
-        args = (rows.view(-1), data, None, False)
+        whole = bytearray(len(group.ranks) * len(data))
+        rows = [memoryview(whole)[at : at + len(data)] for at in range(0, len(whole), len(data))]
+        args = (torch.frombuffer(whole, dtype=torch.uint8), torch.frombuffer(data, dtype=torch.uint8), None, False)
         with self._busy():
             call = self._describe(operation, group, args, user_frame(1)[0])
             is_dropped = any([hook.before(operation, args) for hook in self.hooks])
             started = arrived = time.monotonic_ns()
             try:
                 if not is_dropped:
-                    call = self._post(call, AreaState.ON_BOARD, data.numpy().data)
+                    call = self._post(call, AreaState.ON_BOARD, memoryview(data))
                     self._meet(call, waits=True)
                     arrived = time.monotonic_ns()
                     self._read_announced(call, rows)
@@ -482,9 +483,9 @@ class Interceptor:
                 self._note(_ANNOUNCING, call, args, started, arrived)
         return rows
 
-    def _read_announced(self, call: Call, rows: torch.Tensor) -> None:
+    def _read_announced(self, call: Call, rows: Sequence[memoryview]) -> None:
         """Fill in, row by row, what each member posted beside its text."""
-        for row, member in zip(rows.numpy(), call.group.ranks, strict=True):
+        for row, member in zip(rows, call.group.ranks, strict=True):
             data = self.board.data(member, call.key, call.sequence)
             if data is None:  # without the check, another operation of this rank was not noticed before
                 texts = self.board.texts(call.key, call.sequence, call.group.ranks)

@@ -13,7 +13,7 @@ from torch import Tensor
 from workbench.errors import GroupError, StaleGroupError
 from workbench.ranks import announce
 from workbench.ranks.announce import Announcement
-from workbench.ranks.called import announcing, carrier
+from workbench.ranks.called import Announcing, carrier
 from workbench.ranks.parcels import Inbox, Outbox
 from workbench.ranks.wire import joined
 
@@ -69,6 +69,7 @@ class Members:
             if sorted(held) != sorted(self.ranks):
                 raise ValueError(f"group {self.name!r} has ranks {list(self.ranks)}, its process group {held}: pass the same ranks")
             self._places = [self.ranks.index(rank) for rank in held]  # place in this group of each rank of the process group
+            self._order = [held.index(rank) for rank in self.ranks]  # place in the process group of each rank of this group
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -179,10 +180,10 @@ class Members:
         except Exception as error:
             problem, mine = error, Announcement(f"{type(error).__name__}: {error}", is_refusal=True)
         if self.world_size > 1:
-            with announcing(mine.text, mine.num_brought):
+            with Announcing(mine.text, mine.num_brought):
                 gathered = self._gather_announcements(announce.encode(mine))
             self._outbox.met()
-            heard = [announce.decode(row) for row in gathered]
+            heard = [announce.decode(gathered[at]) for at in self._order]
         else:
             heard = [mine] * self.world_size
         if problem is not None:
@@ -246,24 +247,23 @@ class Members:
                 dist.broadcast(part, src=rank, group=self.process_group)
         return whole
 
-    def _gather_announcements(self, data: Tensor) -> Tensor:
-        """Those of all members, uint8 [world_size, num_bytes], in group order: from the board, where there is one."""
-        return self._ordered(carrier().exchange(self.process_group, data)) if self._carries else self._gather_equal(data)
+    def _gather_announcements(self, data: bytearray) -> Sequence[memoryview]:
+        """Those of all members, as the process group orders them: from the board, where there is one."""
+        if self._carries:
+            return carrier().exchange(self.process_group, data)
+        return [row.data for row in self._collected(torch.frombuffer(data, dtype=torch.uint8)).numpy()]
 
     def _gather_equal(self, data: Tensor) -> Tensor:
         """Equal numbers of bytes of every member: uint8 [world_size, num_bytes], in group order."""
+        gathered = self._collected(data)
+        return gathered if self._order == sorted(self._order) else gathered[self._order]
+
+    def _collected(self, data: Tensor) -> Tensor:
+        """The same, as the process group orders them."""
         gathered = torch.zeros((self.world_size, data.numel()), dtype=torch.uint8)
         if data.numel():
             _gather_into(gathered.view(-1), data, group=self.process_group)
-        return self._ordered(gathered)
-
-    def _ordered(self, gathered: Tensor) -> Tensor:
-        """A row of each member, as the process group orders them, in group order."""
-        if self._places == sorted(self._places):
-            return gathered
-        ordered = torch.empty_like(gathered)
-        ordered[torch.tensor(self._places)] = gathered
-        return ordered
+        return gathered
 
 
 def _weakly(process_group: dist.ProcessGroup | None) -> Callable[[], dist.ProcessGroup | None]:

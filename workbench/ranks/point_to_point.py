@@ -227,7 +227,7 @@ class PointToPoint(Members):
 
     def _expect(self, expected: str, src: int) -> Announcement:
         """The next announcement of member `src`; what is not expected is taken whole and dropped."""
-        announced = announce.decode(self._take(announce.NUM_BYTES, src))
+        announced = announce.decode(self._take(announce.NUM_BYTES, src).numpy().data)
         kind = announced.text.split(" ")[0]
         if kind == expected:
             return announced
@@ -247,7 +247,8 @@ class PointToPoint(Members):
 def _messages(text: str, payload: list[Tensor]) -> list[Tensor]:
     """The announcement of the first part of a payload, then what it does not bring along; nothing empty is sent."""
     first = announce.carrying(text, payload[0])
-    return [announce.encode(first), *filter(Tensor.numel, payload if first.data is None else payload[1:])]
+    told = torch.frombuffer(announce.encode(first), dtype=torch.uint8)
+    return [told, *filter(Tensor.numel, payload if first.data is None else payload[1:])]
 
 
 def _complete(received: dict[Any, Any], form: tensor_dict.Form, buffers: list[Tensor], group: Any) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from workbench.errors import EngineError, GroupError, StaleGroupError
-from workbench.ranks.called import announcing
+from workbench.ranks.called import Announcing
 
 __all__ = ["SIZES", "Buffer", "Exchange", "Phase"]
 
@@ -113,7 +113,7 @@ class Exchange:
         told = b"" if error is None else _tell(error).encode("utf-8", "backslashreplace")
         sizes = [buffer.size for buffer in buffers] if buffers else [0] * self.size
         row = [int(phase), kind, len(told), *numbers, *[0] * (_NUM_NUMBERS - len(numbers)), *sizes]
-        with announcing(phase.method, 8 * len(row)):
+        with Announcing(phase.method, 8 * len(row)):
             table = self.all_gather_numbers(row)
         self._check_phases(table[:, 0])
         if (table[:, 1] >= 0).any():
