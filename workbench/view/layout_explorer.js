@@ -77,10 +77,6 @@ function render({ model, el }) {
   el.addEventListener("keydown", (event) => {  // JupyterLab keeps Enter from a field
     if (event.key === "Enter" && event.target.tagName === "INPUT") event.target.dispatchEvent(new Event("change", { bubbles: true }));
   });
-  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
-  el.addEventListener("keydown", (event) => {  // JupyterLab keeps Enter from a field
-    if (event.key === "Enter" && event.target.tagName === "INPUT") event.target.dispatchEvent(new Event("change", { bubbles: true }));
-  });
   el.replaceChildren(first, sizes, alert, svg, third, words, axes, stages, make("div", { class: "wb-bar" }, code, copy, ...(numCluster ? [use] : []), told));
 
   function propose(spec, field) {  // take a spec when it fits, else say why it does not

@@ -71,7 +71,6 @@ function render({ model, el }) {
   const messages = htmlNode("ul", { class: "wb-messages", "aria-label": "messages of this step" }), key = htmlNode("ul", { class: "wb-key" });
   el.classList.add("wb-collective");
   el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
-  el.addEventListener("focusin", (event) => { event.target.dataset.lmSuppressShortcuts = "true"; });  // else JupyterLab takes the arrow keys
   el.replaceChildren(htmlNode("p", {}, scene.finding), htmlNode("div", {}, back, " ", slider, " ", next, " ", count), title, svg, key, messages);
 
   function drawCells(number) {
