@@ -57,7 +57,7 @@ def test_a_hundred_thousand_lines_of_eight_ranks_are_kept_and_do_not_flood_the_p
     assert ran.status == "ok" and ran.seconds < 20
     assert max(len(page) for _, page in pages) < 150_000 and len(pages) < 5 * ran.seconds + 3
     (told,) = [line for line in pages[-1][1].split("<") if "older lines of ranks 0-7: " in line]
-    assert told.startswith('div style="color:var(--jp-ui-font-color2,#666)">99,000 older lines of ranks 0-7: ')
+    assert told.startswith('div style="opacity:.7">99,000 older lines of ranks 0-7: ')
     path = Path(told.rpartition("older lines of ranks 0-7: ")[2])
     lines = path.read_text().splitlines()
     assert path.parent == Path(os.environ["WORKBENCH_HOME"]) / "output" and len(lines) == 100_000

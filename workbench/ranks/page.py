@@ -19,7 +19,7 @@ __all__ = ["IN_RESULT", "LONGEST_LINE", "cut_line", "left_out", "page_of_lines",
 
 IN_RESULT = "in the stdout and stderr of this result"
 LONGEST_LINE = 2_000  # characters
-_MUTED = "color:var(--jp-ui-font-color2,#666)"
+_MUTED = "opacity:.7"  # of the text's own colour: VS Code has JupyterLab's variables too, those of the light theme also in the dark
 _FONT = "font-family:var(--jp-code-font-family,monospace);font-size:var(--jp-code-font-size,13px)"
 _PRE = f"margin:0;padding:0;background:none;color:inherit;white-space:pre-wrap;overflow-wrap:anywhere;{_FONT}"
 _MARK = "background:none;color:inherit;font-weight:bold;text-decoration:underline 2px #D55E00"
