@@ -190,3 +190,22 @@ def test_the_map_of_the_ranks_folder_names_every_file():
     folder = PACKAGE / "ranks"
     named = set(re.findall(r"\w+", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""))
     assert {file.stem for file in folder.glob("*.py")} - {"__init__"} <= named
+
+
+@pytest.mark.parametrize("file", sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.css")))
+def test_ink_and_ground_are_of_one_theme(file):
+    """A page may have JupyterLab's variables or not, and VS Code has the light theme's also on a dark page."""
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", (PACKAGE / file).read_text())
+    inks = {selector for selector, body in rules if re.search(r"(?<![-\w])color:\s*var\(", body)}
+    grounds = {selector for selector, body in rules if re.search(r"(?<![-\w])background(-color)?:\s*var\(", body)}
+    assert inks == grounds
+
+
+def test_nothing_that_is_shown_needs_jupyterlab():
+    for path in [*PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.css"), *PACKAGE.rglob("*.py")]:
+        text = path.read_text()
+        assert not re.findall(r"var\(\s*--(jp|vscode)-[\w-]+\s*\)", text), f"{path}: a variable without what stands in for it"
+        if path.suffix == ".js":
+            assert not re.findall(r"\bjupyter\w*\.|\brequire\(", text, flags=re.IGNORECASE), f"{path}: what JupyterLab alone has"
+        if path.suffix == ".py":  # plain HTML has no ground of its own
+            assert not re.findall(r"color:\s*var\(--(jp|vscode)", text), f"{path}: text in a theme's colour on the page's ground"

@@ -56,7 +56,7 @@ function timeChart({ layers, looks, rows = [], label, height = 190, onCursor = (
   svg.append(svgNode("clipPath", { id: clip }));
   svg.lastChild.append(svgNode("rect", { x: LEFT, y: 0, width: W - LEFT - RIGHT, height: H }));
   const back = svgNode("g", {}), areas = layers.map((layer) => svgNode("path", {
-    fill: layer.color, stroke: "var(--jp-layout-color1, #FFFFFF)", "stroke-width": 0.5, "clip-path": `url(#${clip})`, "data-layer": layer.name })), front = svgNode("g", {}), spansLayer = svgNode("g", {});
+    fill: layer.color, stroke: "var(--jp-layout-color0, #FFFFFF)", "stroke-width": 0.5, "clip-path": `url(#${clip})`, "data-layer": layer.name })), front = svgNode("g", {}), spansLayer = svgNode("g", {});
   const cursor = svgNode("line", { y1: TOP, y2: bottom, stroke: "currentColor", "stroke-width": 1, visibility: "hidden", "data-cursor": "" });
   const device = svgNode("path", { fill: "none", stroke: "currentColor", "stroke-width": 1.6, "stroke-dasharray": "6 3", "clip-path": `url(#${clip})`, "data-layer": "GPU" });
   svg.append(back, ...areas, device, spansLayer, front, cursor);
