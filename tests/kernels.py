@@ -17,6 +17,7 @@ class Ran:
     status: str = ""
     seconds: float = 0.0
     messages: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
+    others: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)  # (request, kind, content) of what came for other requests
 
     @property
     def streamed(self) -> str:
@@ -61,7 +62,8 @@ class Kernel:
                 message = self.client.get_iopub_msg(timeout=0.05)
             except queue.Empty:
                 continue
-            if message["parent_header"].get("msg_id") != sent:
+            if (request := message["parent_header"].get("msg_id", "")) != sent:
+                ran.others.append((request, message["msg_type"], message["content"]))
                 continue
             ran.messages.append((time.monotonic() - started, message["msg_type"], message["content"]))
             if message["content"].get("execution_state") == "idle":

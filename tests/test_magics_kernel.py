@@ -123,10 +123,14 @@ def test_a_background_cell_goes_on_in_its_own_panel(kernel):
     ran = kernel.collect(begun)
     assert ran.status == "ok" and ran.seconds < 1.0
     assert "its handle is `later`" in ran.shown[0][1]["text/plain"]
+    kernel.client.complete("la", 2)  # what is asked for while one types the next cell
     waited = kernel.run("while not later.done(): __import__('time').sleep(0.1)\n__import__('time').sleep(0.5)")
-    bundles = [bundle for _, bundle in waited.shown] + [bundle for _, bundle in ran.shown]
-    assert any("tick 3" in bundle["text/plain"] and "tick 7" not in bundle["text/plain"] for bundle in bundles)
-    assert any("RankFailed: rank 1 of 8 failed" in bundle["text/html"] for bundle in bundles)
+    requests = {request for request, kind, _ in waited.others if kind == "update_display_data"}
+    assert requests == {begun}  # VS Code takes no page that belongs to anything but a cell
+    pages = [content["data"]["text/plain"] for _, kind, content in waited.others if kind == "update_display_data"]
+    assert any("tick 3" in page and "tick 7" not in page for page in pages)
+    (last,) = [bundle["text/html"] for _, bundle in waited.shown]  # nbclient takes what belongs to the cell that runs now
+    assert "RankFailed: rank 1 of 8 failed" in last and "tick 7" in last
     assert kernel.run("later.result()").error.startswith("RankFailed: rank 1 of 8")
 
 

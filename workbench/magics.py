@@ -16,6 +16,7 @@ import threading
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
+from contextvars import Context, copy_context
 from typing import Any, NoReturn, TypeVar, cast
 
 from IPython.core.error import UsageError
@@ -203,7 +204,7 @@ class RankMagics(Magics):  # type: ignore[misc]  # IPython has no types
             return
         panel = Panel()
         panel.update(stream, f"{handle.status}; its handle is `{name}`: .result(), .done(), .cancel()")
-        threading.Thread(target=_follow, args=(handle, stream, panel), name="workbench-follow", daemon=True).start()
+        threading.Thread(target=_follow, args=(handle, stream, panel, copy_context()), name="workbench-follow", daemon=True).start()
 
     def _steer(self, words: list[str]) -> Any:
         verb = words[0] if words else "status"
@@ -285,16 +286,22 @@ def _finish(handle: CellHandle, stream: Stream, surface: Surface | None) -> None
     stream.close()
 
 
-def _follow(handle: CellHandle, stream: Stream, panel: Panel) -> None:
-    """Move the panel of a cell in the background; what went wrong stands in it, for nobody waits for the cell."""
+def _follow(handle: CellHandle, stream: Stream, panel: Panel, as_cell: Context) -> None:
+    """Move the panel of a cell in the background; what went wrong stands in it, for nobody waits for the cell.
+
+    Every message names the request it belongs to. VS Code takes a page only from requests that ran a cell, so a completion asked for in
+    the meantime must not be it: pages go out in the context of their cell. nbclient takes a page from the cell that runs now alone, so the
+    last one goes out once more as such.
+    """
     while not handle.wait(TICK_S):
-        panel.update(stream, handle.status)
+        as_cell.run(panel.update, stream, handle.status)
     outputs = handle.outputs()
     try:
         handle.result()
     except WorkbenchError as error:
         panel.foot = f"{type(error).__name__}: {error}"
-    panel.finish(stream, outputs)
+    as_cell.run(panel.finish, stream, outputs)
+    panel.repeat()
 
 
 # -- verbs ---------------------------------------------------------------------------------------------------------------------------------

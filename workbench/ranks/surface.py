@@ -107,6 +107,7 @@ class Panel:
         self.foot = ""
         self._handle: Any = None
         self._seen: Any = None
+        self._shown = ("", "")  # HTML, text
 
     def update(self, stream: Stream, status: str) -> None:
         folded = stream.advance(most=MOST_HELD)
@@ -130,9 +131,15 @@ class Panel:
         if page or self._handle is not None:
             self._show(page, text)
 
+    def repeat(self) -> None:
+        """Show the same once more."""
+        if self._handle is not None:
+            self._show(*self._shown)
+
     def _show(self, page: str, text: str) -> None:
         from IPython.display import display
 
+        self._shown = (page, text)
         bundle = {"text/html": page, "text/plain": text}
         if self._handle is None:
             self._handle = display(bundle, raw=True, display_id=True)
