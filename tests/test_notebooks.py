@@ -55,6 +55,8 @@ def test_what_is_kept_of_a_notebook_has_pictures_or_tables_and_no_noise(source):
     assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
     assert ('"image/png"' in text or '"text/html"' in text) and path.stat().st_size < 400_000
     assert not re.search(r"0x[0-9a-f]{8,}", text) and "/site-packages/" not in text
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert all(output.metadata["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {}))
     errors = [cell for cell in notebook.cells for output in cell.get("outputs", ()) if output.output_type == "error"]
     assert all("raises-exception" in cell.metadata.tags for cell in errors)
 
