@@ -40,7 +40,7 @@ from workbench.rollout.sleep import TAGS, default_backup_dir, tidy
 
 __all__ = ["VLLM_VERSIONS", "VLLMEngine", "default_kv_cache_bytes", "reload_checkpoint"]
 
-VLLM_VERSIONS = {"cpu": "0.32", "cuda": "0.24"}  # versions that were run, by device; `_device_options` is all that differs
+VLLM_VERSIONS = {"cpu": "0.32", "cuda": "0.24"}  # of the locks; 0.24 was run on a CPU only. `_device_options` is all that differs
 _FINISH = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH, "abort": FinishReason.ABORT}
 _OURS = {  # options that are parameters here ("" for none), or that sleep rests on
     "model": "model",
