@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import ScriptedEngine
 
-from workbench.records import FinishReason, RolloutBatch, Sampling
+from workbench.records import FinishReason, Prompt, RolloutBatch, Sampling
 from workbench.rollout.batch import Completion, concat, empty_batch, pack_completions, select
 from workbench.rollout.bisect import generate_bisected
 from workbench.rollout.engine import Origin
@@ -51,10 +51,10 @@ def test_packing_keeps_tokens_texts_and_reasons() -> None:
 
 
 def test_a_batch_is_shown_in_a_few_lines() -> None:
-    requests = expand(["ab", list(range(20)), "c" * 99], Sampling(), num_samples=[2, 1, 4])
+    prompts: list[Prompt] = ["ab", list(range(20)), "c" * 99]
+    requests = expand(prompts, Sampling(), num_samples=[2, 1, 4])
     done = [Completion([7, 8], "xyz", FinishReason.LENGTH, r.prompt_hash) for r in requests]
     done[1] = Completion([], "", FinishReason.ERROR, requests[1].prompt_hash, error="choked")
-    prompts = ["ab", list(range(20)), "c" * 99]
     batch = pack_completions(prompts, requests, done, num_prompt_tokens=[2, 20, 99], weight_version=0, with_logprobs=False)
     head, *lines = repr(batch).splitlines()
     assert head == "RolloutBatch: 7 completions of 3 prompts, 12 tokens, 6 cut at the limit, 1 failed"
