@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import tempfile
@@ -85,6 +84,7 @@ def measure(
 def _job(shards: list[list[str]], sampling: Any) -> dict[str, Any]:
     """What bare vLLM is asked: a prompt and a seed for each sample."""
     from workbench import models
+    from workbench.cores import num_usable_cores
     from workbench.rollout.engine import Origin
     from workbench.rollout.requests import expand
 
@@ -95,7 +95,7 @@ def _job(shards: list[list[str]], sampling: Any) -> dict[str, Any]:
         "model": str(models.path("tiny")),
         "dtype": "float32",
         "kv_cache_bytes": _KV_CACHE_BYTES,
-        "num_threads": os.cpu_count() or 1,  # as `start_engine` gives to the one engine of a rooted rollout
+        "num_threads": num_usable_cores(),  # as `start_engine` gives to the one engine of a rooted rollout
         "prompts": [request.prompt for request in requests],
         "seeds": [request.seed for request in requests],
         "max_tokens": sampling.max_tokens,
