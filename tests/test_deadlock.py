@@ -494,9 +494,69 @@ def test_a_stop_lets_an_import_end(cluster, tmp_path):
 
 
 def test_a_stop_lets_a_large_library_come_in_whole():
-    with wb.launch(2) as cluster:
-        stopped(cluster, "import torch._dynamo\nwhile True: pass", wb.RankTimeout, timeout_s=0.3, within_s=7.0)
+    with wb.launch(2) as cluster:  # one rank imports: two that share a busy core may take longer than they are given
+        stopped(cluster, "if rank: import torch._dynamo\nwhile True: pass", wb.RankTimeout, timeout_s=0.3, within_s=7.0)
         assert cluster.execute("import torch._dynamo; hasattr(torch._dynamo, 'utils')")[1].result_text == "True"
+
+
+CUT = """
+DDP = torch.nn.parallel.DistributedDataParallel
+def cut(gradient):
+    if rank == 1 and is_armed: raise KeyboardInterrupt
+    return gradient
+net, is_armed = torch.nn.Linear(4, 2), True
+net.weight.register_hook(cut)
+model = DDP(net)
+"""
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_model_made_anew_is_not_disturbed_by_the_one_that_was_cut(check):
+    """Its hooks stay on the parameters as long as anything holds it, the collector's queue included."""
+    with wb.launch(2, check_collectives=check) as cluster:
+        cluster.execute(CUT)
+        stopped(cluster, "model(torch.ones(1, 4)).sum().backward()", wb.RankDeadlock)
+        cluster.execute("old, is_armed = model, False\nmodel = DDP(net)")
+        for _ in range(2):
+            cluster.execute("model.zero_grad()\nmodel(torch.ones(1, 4) * (rank + 1)).sum().backward()")
+            assert cluster.execute("set(net.weight.grad.flatten().tolist())")[1].result_text == "{1.5}"
+        with pytest.raises(wb.RankFailed, match=r"StaleGroupError(.|\n)*DistributedDataParallel\(model.module\)"):
+            cluster.execute("old(torch.ones(1, 4))")
+
+
+def test_a_signal_while_torch_names_a_group_waits_until_it_is_made():
+    with wb.launch(3) as cluster:
+        cluster.execute(
+            "import os, signal, torch.distributed.distributed_c10d as c10d\nname = c10d._process_group_name\n"
+            "def named(*args, **kwargs):\n    made = name(*args, **kwargs)\n    if rank == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+            "    return made\nc10d._process_group_name = named"
+        )
+        stopped(cluster, "dist.new_group([0, 1, 2])\ndist.barrier()", wb.RankDeadlock)
+        cluster.execute("c10d._process_group_name = name")
+        assert len({output.result_text for output in cluster.execute("c10d._world.group_count").values()}) == 1
+        cluster.execute("one = torch.ones(1)\ndist.all_reduce(one, group=dist.new_group([0, 1, 2]))", timeout_s=10)
+
+
+def test_a_stop_whose_signal_was_lost_is_heard_all_the_same(cluster):
+    """As when it comes between Python's last look for signals and a system call."""
+    pids = [cluster.pid(rank) for rank in range(4)]
+    cluster.execute("import signal, time\ndef lose(number, frame): signal.signal(number, kept)\nkept = signal.signal(signal.SIGINT, lose)")
+    stopped(cluster, "time.sleep(60)", wb.RankTimeout, timeout_s=0.2)
+    assert pids == [cluster.pid(rank) for rank in range(4)]
+
+
+def test_what_a_cell_does_on_its_way_out_of_a_stop_is_not_interrupted_again(cluster):
+    cluster.execute("import time\ntidied = 0")
+    tidies = "except KeyboardInterrupt:\n    time.sleep(0.8); tidied = 1; raise\nfinally:\n    time.sleep(0.8); tidied += 1"
+    stopped(cluster, f"try: time.sleep(60)\n{tidies}", wb.RankTimeout, timeout_s=0.2, within_s=3.0)
+    assert cluster.pull("tidied") == [2] * 4
+
+
+def test_an_interrupt_that_is_tried_again_stops_no_later_cell(cluster):
+    cluster.execute("import signal, time\nprocess = wb.current().process\nearlier = process.board.cell(rank)")
+    cluster.execute("process._interrupt_again(earlier, signal.SIGINT)\ntime.sleep(0.05)")
+    own = "process._interrupt_again(process.board.cell(rank), signal.SIGINT)"
+    stopped(cluster, f"if rank == 1: {own}; time.sleep(60)\ndist.barrier()", wb.RankDeadlock)
 
 
 def test_a_call_that_never_came_gives_its_reduce_op_to_no_later_one():

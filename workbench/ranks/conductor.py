@@ -59,6 +59,7 @@ _CHECK_SHARE = 20  # looking for deadlocks takes at most one part in so many of 
 _CALLED_OFF_S = 1.0  # until the next look after a deadlock that was none
 _NATIVE_AFTER_S = 0.15  # a rank that has not said where it is by then lets no other thread run: py-spy may tell
 _GRACE_S = {"failure": 1.0, "deadlock": 0.15, "timeout": 0.0, "interrupt": 0.0}  # for ranks that are not stuck to end by themselves
+_SIGNAL_AGAIN_S = 0.6  # a signal that comes just before a system call begins, after Python last looked for one, is not heard
 _SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
 _KILL_AFTER_S = 5.0
 _PART_LIMIT_S = 10.0  # for a rank to let its old groups go, when the next generation is formed
@@ -93,6 +94,7 @@ class Conductor:
         self.rebuild_errors: dict[int, str] = {}
         self.formation_error: RankError | None = None  # who died while the present generation was formed
         self._stop_stage: set[str] = set()
+        self._num_signals = 0  # that this stop has sent to each rank
         self.on_ended: list[Callable[[ActiveCell], None]] = []  # told of each cell when all ranks have answered, before any is started anew
         self._next_check_s = 0.0
         self._natives: dict[int, NativeLook] = {}  # pid -> what py-spy says of it
@@ -303,7 +305,7 @@ class Conductor:
                 self._send(other, Abandon(generation=self.generation))
 
     def _begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None) -> None:
-        self._stop_stage, self._seen, self._natives = set(), {}, {}
+        self._stop_stage, self._num_signals, self._seen, self._natives = set(), 0, {}, {}
         self.active = cell  # what threads or processes of an earlier cell wrote meanwhile comes with this one
         for rank in cell.members:
             if self.links[rank].is_dead:
@@ -525,8 +527,8 @@ class Conductor:
             stages.add("board")
             self.board.stop(cell.members, cell.number)
         after_grace_s = since_s - _GRACE_S[cell.stop_reason]
-        if after_grace_s >= 0 and "signal" not in stages:
-            stages.add("signal")
+        if after_grace_s >= _SIGNAL_AGAIN_S * self._num_signals:
+            self._num_signals += 1
             for rank in cell.pending:
                 self.links[rank].signal(signal.SIGINT)
                 self.links[rank].signal(signal.SIGCONT)  # a paused rank hears no signal but this

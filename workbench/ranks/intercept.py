@@ -184,6 +184,7 @@ class Interceptor:
         setattr(dist.Work, "wait", self._waiting(dist.Work.wait))  # noqa: B010  a plain assignment is refused by the type of a method
         Futures(lambda work: id(work) in self._in_flight).install()
         c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
+        c10d._new_group_with_tag = self._in_one_piece(c10d._new_group_with_tag)
         for name in ("send", "recv"):
             wrapped = self._blocking(getattr(c10d, name))
             setattr(c10d, name, wrapped)
@@ -288,6 +289,16 @@ class Interceptor:
             return made
 
         return helper
+
+    def _in_one_piece(self, make: Callable[..., Any]) -> Callable[..., Any]:
+        """A signal waits: torch counts groups to name them, and a rank that was cut there would name its next ones in another way."""
+
+        @functools.wraps(make)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with self._busy():
+                return make(*args, **kwargs)
+
+        return wrapped
 
     def _make_aside(self, make: Callable[[], Any]) -> Any:
         """Make a group in a thread, which can be left: gloo waits for a rank that died meanwhile until its own limit, and cannot be woken.

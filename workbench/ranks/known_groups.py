@@ -45,6 +45,7 @@ class KnownGroups:
         self.generation = 0
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
         self._channels: dict[int, int] = {}  # key of a channel -> key of its group
+        self._models: weakref.WeakSet[Any] = weakref.WeakSet()  # DDP models of this generation that were called
 
     def install(self) -> None:
         """Have torch say that a group or model is stale, for good."""
@@ -58,6 +59,9 @@ class KnownGroups:
     def begin_generation(self, generation: int) -> None:
         self.generation = generation
         self._channels.clear()
+        for model in self._models:  # its hooks on the parameters would meet the backward passes of a model that is made anew over them
+            model.reducer._remove_autograd_hooks()
+        self._models.clear()
 
     def learn(self, process_group: Any, ranks: tuple[int, ...], description: str | None, new: frozenset[sockets.Connection]) -> None:
         """Watch a group that was just made, over these connections."""
@@ -142,6 +146,7 @@ class KnownGroups:
             known = self._groups.get(id(model.process_group))
             if known is not None:
                 self.refuse_stale(known, "DistributedDataParallel.forward")
+                self._models.add(model)
             return forward(model, *args, **kwargs)
 
         return wrapped

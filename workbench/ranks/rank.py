@@ -89,6 +89,8 @@ class Rank:
         self.module = ModuleType("__main__")
         self.is_running = False
         self._missed_signal = False  # one came while nothing ran
+        self._heard = 0  # the cell that was interrupted last
+        self._meant = 0  # the cell that an interrupt was meant for that is tried once more
         self._met_import_s: float | None = None  # when the interrupt of this cell met an import first
         self._waiting: SimpleQueue[tuple[Any, Packed | None]] = SimpleQueue()
         self._store: dist.TCPStore | None = None
@@ -163,7 +165,7 @@ class Rank:
     # -- control thread -----------------------------------------------------------------------------------------------------------------
 
     def _control(self) -> None:
-        with contextlib.suppress(Exception):
+        try:
             for message, value in receive(self.reader):
                 if isinstance(message, Free):
                     self.interceptor.shut()
@@ -175,7 +177,11 @@ class Rank:
                     threading.Thread(target=self._answer, args=(message,), name="workbench-answer", daemon=True).start()
                 else:
                     self._waiting.put((message, value))
-        os._exit(0)  # the driver is gone, or the channel broke: nothing is left to do, and nobody to tell
+        except Exception:  # a bug of ours: its text stands with this rank's death
+            traceback.print_exc()
+            _flush()
+            os._exit(1)
+        os._exit(0)  # the driver is gone: nothing is left to do, and nobody to tell
 
     def _look(self, message: Look) -> Seen:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
@@ -283,17 +289,28 @@ class Rank:
         return Outcome.RAISED
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        cell = self.board.cell(self.config.rank)
+        meant, self._meant = self._meant, 0
+        if meant and meant != cell:
+            return  # tried again too late: that cell has ended, and this one was not stopped
         if not self.is_running:
             self._missed_signal = True
             return  # it came late: the cell has ended, and forming the next generation must not be stopped; or before the cell begins
+        was_heard, self._heard = self._heard == cell, cell
+        if was_heard and isinstance(sys.exc_info()[1], KeyboardInterrupt):
+            return  # the driver asks until it has an answer; the cell tidies up on its way out
         if self.interceptor.is_busy:
             self.interceptor.is_interrupt_pending = True
         elif self._is_in_finalizer(frame) or self._is_in_import(frame):
-            threading.Timer(_AGAIN_S, signal.pthread_kill, args=(threading.main_thread().ident, number)).start()
+            threading.Timer(_AGAIN_S, self._interrupt_again, args=(cell, number)).start()
         else:
             called_by = _frames(frame.f_back if frame is not None else None)
             self.interceptor.has_left_backward |= any(one.f_code.co_name == "_engine_run_backward" for one in called_by)
             raise KeyboardInterrupt
+
+    def _interrupt_again(self, cell: int, number: int) -> None:
+        self._meant = cell
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _is_in_finalizer(self, frame: FrameType | None) -> bool:
         """An exception raised there would be swallowed, and the stop with it."""
