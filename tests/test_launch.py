@@ -171,6 +171,15 @@ def test_a_bug_in_the_thread_that_serves_ranks_holds_nobody_up(monkeypatch):
             cluster.execute("1")
 
 
+def test_a_bug_in_the_thread_that_listens_to_the_driver_costs_a_rank_nothing():
+    with wb.launch(2) as cluster:
+        cluster.execute("kept, process = rank, wb.current().process\nprocess._look = lambda message: 1 // 0")
+        handle = cluster.execute("import time; time.sleep(1); kept", block=False)
+        cluster.diagnose()
+        result = handle.result(timeout_s=10)
+        assert result[1].result_text == "1" and "ZeroDivisionError" in result[1].stderr
+
+
 def test_a_fork_of_the_driver_takes_nothing_with_it():
     code = (
         "import os, workbench as wb\nfrom workbench.cli import main\nwith wb.launch(2) as cluster:\n    pid = os.fork()\n"

@@ -165,23 +165,25 @@ class Rank:
     # -- control thread -----------------------------------------------------------------------------------------------------------------
 
     def _control(self) -> None:
-        try:
+        with contextlib.suppress(Exception):
             for message, value in receive(self.reader):
-                if isinstance(message, Free):
-                    self.interceptor.shut()
-                elif isinstance(message, Abandon):
-                    self.interceptor.abandon(message.generation)
-                elif isinstance(message, Look):
-                    self.writer.send(self._look(message))
-                elif isinstance(message, Question):
-                    threading.Thread(target=self._answer, args=(message,), name="workbench-answer", daemon=True).start()
-                else:
-                    self._waiting.put((message, value))
-        except Exception:  # a bug of ours: its text stands with this rank's death
-            traceback.print_exc()
-            _flush()
-            os._exit(1)
-        os._exit(0)  # the driver is gone: nothing is left to do, and nobody to tell
+                try:
+                    self._heed(message, value)
+                except Exception:  # a bug of ours is shown, and costs nobody the names that live here
+                    traceback.print_exc()
+        os._exit(0)  # the driver is gone, or the channel broke: nothing is left to do, and nobody to tell
+
+    def _heed(self, message: Any, value: Packed | None) -> None:
+        if isinstance(message, Free):
+            self.interceptor.shut()
+        elif isinstance(message, Abandon):
+            self.interceptor.abandon(message.generation)
+        elif isinstance(message, Look):
+            self.writer.send(self._look(message))
+        elif isinstance(message, Question):
+            threading.Thread(target=self._answer, args=(message,), name="workbench-answer", daemon=True).start()
+        else:
+            self._waiting.put((message, value))
 
     def _look(self, message: Look) -> Seen:
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
