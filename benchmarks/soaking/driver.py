@@ -132,12 +132,19 @@ class Driver:
         for process in family:
             with suppress(ChildProcessError):  # orphans come to this process, which must reap them
                 os.waitpid(process.pid, os.WNOHANG)
-        processes = [f"process {one.pid}" for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        processes = [f"process {one.pid}" for one in family if _lives(one)]
         return processes + [f"file {name}" for name in leftover_files(self._folder)]
 
     def _tail(self) -> str:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")[-4000:]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it ended between the two questions
+        return False
 
 
 if __name__ == "__main__":
