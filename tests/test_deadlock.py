@@ -552,6 +552,20 @@ def test_what_a_cell_does_on_its_way_out_of_a_stop_is_not_interrupted_again(clus
     assert cluster.pull("tidied") == [2] * 4
 
 
+def test_a_message_that_a_stop_came_between_leaves_the_connection_as_it_was():
+    with wb.launch(2) as cluster:
+        cluster.execute(
+            "import os, signal, time\nkept, interceptor = rank, wb.current().process.interceptor\nnote = interceptor._note\n"
+            "def interrupted(name, *rest):\n    if name == 'recv_': os.kill(os.getpid(), signal.SIGINT)\n    return note(name, *rest)"
+        )
+        receives = "interceptor._note = interrupted\n    dist.recv(torch.ones(9), 0)"  # the signal comes when gloo has begun it
+        sends = "time.sleep(0.3); dist.send(torch.ones(9), 1); dist.barrier()"
+        stopped(cluster, f"if rank:\n    {receives}\nelse:\n    {sends}", wb.RankDeadlock)
+        cluster.execute("interceptor._note = note")
+        assert_well(cluster)
+        assert cluster.generation == 0 and cluster.pull("kept") == [0, 1]
+
+
 def test_an_interrupt_that_is_tried_again_stops_no_later_cell(cluster):
     cluster.execute("import signal, time\nprocess = wb.current().process\nearlier = process.board.cell(rank)")
     cluster.execute("process._interrupt_again(earlier, signal.SIGINT)\ntime.sleep(0.05)")

@@ -130,13 +130,14 @@ class _OfThread(threading.local):
 
     Attributes:
         is_blocking: a send or receive that its caller waits for.
-        call: that message, once it has begun.
+        call: that message, once it has begun; work: of torch.
         told: whom to tell what it received.
         is_in_hook: a communication hook of DDP: C++ waits for what it begins.
     """
 
     is_blocking: bool = False
     call: Call | None = None
+    work: Any = None
     told: Sequence[Callable[[], None]] = ()
     is_in_hook: bool = False
 
@@ -162,6 +163,7 @@ class Interceptor:
         self.groups = KnownGroups(rank=rank, board=board, announce=announce)
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
         self._begun: deque[Any] = deque(maxlen=_MOST_IN_FLIGHT)  # works beside those that gloo may still have in hand, the oldest first
+        self._unwaited: list[Any] = []  # works of messages that a stop came between, kept as long as their connections
         self._told_later: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # id of a work -> it, and whom to tell what it received
         self._internal = 0
         self._engine_connections: set[sockets.Connection] = set()
@@ -255,6 +257,7 @@ class Interceptor:
         self._shut_at_s, self.has_left_backward = None, False
         self._in_flight.clear()
         self._begun.clear()
+        self._unwaited.clear()
         self.board.reset(self.rank)
 
     def end_cell(self) -> None:
@@ -418,7 +421,7 @@ class Interceptor:
                 self._remember(call)
             elif operation.is_point_to_point:
                 call.row = self._note(name, call, args, started, arrived)
-                self._local.call = call
+                self._local.call, self._local.work = call, work
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 self._outlast(work, call.text)
                 self._wait_of_torch(work)
@@ -627,7 +630,7 @@ class Interceptor:
             self._local.is_blocking = True
             began = time.monotonic_ns()
             try:
-                self._local.call = None
+                self._local.call = self._local.work = None
                 made = make(*args, **kwargs)
                 self._take(self._local.call, made)
                 if self._local.call is not None:
@@ -641,8 +644,11 @@ class Interceptor:
                 if self.was_shut or self.board.is_stopped(self.rank):
                     raise Freed(f"freed from {make.__name__}: the cell was stopped") from None
                 raise
+            except KeyboardInterrupt:  # between its begin and its end: gloo reads nothing more of a peer whose message has no place to go
+                self._unwaited.append(self._local.work)
+                raise
             finally:
-                self._local.is_blocking = False
+                self._local.is_blocking, self._local.work = False, None
                 self._local.told = ()
                 self.board.move(self.rank, AreaState.NOWHERE)
 
