@@ -243,9 +243,9 @@ class RolloutBatch:
             f"{ends['length']} cut at the limit",
             *(f"{ends[reason]} {told}" for reason, told in (("abort", "aborted"), ("error", "failed")) if ends[reason]),
         ]
-        answers = [f"failed: {error}" if error else _SHORT.repr(text) for text, error in zip_longest(self.texts, self.errors)]
-        asked = [_SHORT.repr(self.prompts[at]) for at in self.prompt_index[:_NUM_SHOWN]]
-        shown = [f"  {prompt} -> {answer}" for prompt, answer in zip(asked, answers, strict=False)]
+        asked = [self.prompts[at] for at in self.prompt_index[:_NUM_SHOWN]]
+        answers = zip_longest(asked, self.texts[:_NUM_SHOWN], self.errors[:_NUM_SHOWN])
+        shown = [f"  {_SHORT.repr(prompt)} -> {f'failed: {error}' if error else _SHORT.repr(text)}" for prompt, text, error in answers]
         rest = [f"  ... and {len(self) - _NUM_SHOWN} more"] if len(self) > _NUM_SHOWN else []
         return "\n".join([f"RolloutBatch: {', '.join(parts)}", *shown, *rest])
 

@@ -125,7 +125,7 @@ class Collectives(PointToPoint):
         data, is_mine = bytes_of(input_), self.rank_in_group == dst
         gathered = torch.empty((self.world_size if is_mine else 0, data.numel()), dtype=torch.uint8)
         if data.numel():
-            into = [gathered[place] for place in self._places] if is_mine else None
+            into = [gathered[place] for place in sorted(range(self.world_size), key=self._order.__getitem__)] if is_mine else None
             dist.gather(data, into, dst=self.ranks[dst], group=self.process_group)
         return _side_by_side(gathered.view(-1), input_, dim, self.world_size) if is_mine else None
 

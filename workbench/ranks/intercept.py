@@ -644,8 +644,9 @@ class Interceptor:
                 if self.was_shut or self.board.is_stopped(self.rank):
                     raise Freed(f"freed from {make.__name__}: the cell was stopped") from None
                 raise
-            except KeyboardInterrupt:  # between its begin and its end: gloo reads nothing more of a peer whose message has no place to go
-                self._unwaited.append(self._local.work)
+            except KeyboardInterrupt:
+                if self._local.work is not None:  # begun, not ended: gloo reads nothing more of a peer whose message has no place to go
+                    self._unwaited.append(self._local.work)
                 raise
             finally:
                 self._local.is_blocking, self._local.work = False, None

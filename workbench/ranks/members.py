@@ -68,7 +68,6 @@ class Members:
             held = dist.get_process_group_ranks(process_group)
             if sorted(held) != sorted(self.ranks):
                 raise ValueError(f"group {self.name!r} has ranks {list(self.ranks)}, its process group {held}: pass the same ranks")
-            self._places = [self.ranks.index(rank) for rank in held]  # place in this group of each rank of the process group
             self._order = [held.index(rank) for rank in self.ranks]  # place in the process group of each rank of this group
 
     @property
