@@ -221,6 +221,29 @@ def test_a_second_interrupt_kills_what_did_not_heed_the_first():
         assert_well(cluster)
 
 
+@pytest.mark.parametrize("asks", ["cluster.interrupt()", "the stop button"])
+def test_a_stop_that_is_asked_for_twice_at_once_costs_no_names_of_ranks_that_heed_it(asks, capsys):
+    cell = "if rank == 1: sum(range(10**13))  # heeds nothing\nif rank == 2:\n    while True: pass\ndist.barrier()"
+    with wb.launch(4) as cluster:
+        cluster.execute("kept = rank")
+        if asks == "the stop button":
+            pressing = [threading.Timer(after_s, os.kill, (os.getpid(), signal.SIGINT)) for after_s in (0.5, 0.6)]
+            for press in pressing:
+                press.start()
+            with pytest.raises(KeyboardInterrupt):
+                cluster.execute(cell)
+            assert "s, names kept but on [1]" in capsys.readouterr().err
+        else:
+            handle = cluster.execute(cell, block=False)
+            time.sleep(0.4)
+            cluster.interrupt()
+            cluster.interrupt()
+            with pytest.raises(wb.RankInterrupted, match="rank 1 did not heed the stop for 5 s or was stopped twice"):
+                handle.result(timeout_s=4)
+        assert cluster.pull("kept", ranks=[0, 2, 3]) == [0, 2, 3]
+        assert_well(cluster)
+
+
 def test_a_c_call_that_never_returns_is_killed_and_the_others_keep_their_names():
     with wb.launch(2) as cluster:
         cluster.execute("kept = rank")

@@ -427,10 +427,11 @@ class Cluster:
             try:
                 cell.finished.wait(0.05)
             except KeyboardInterrupt:
-                self._conductor.stop(cell, "interrupt")  # the second one: ranks that are stuck are killed at once
+                self._conductor.stop(cell, "interrupt")  # the second one: ranks that are stuck are killed soon
+        kept = "names kept" if not cell.killed else f"names kept but on {sorted(cell.killed)}"
         found = cell.diagnosis.text if cell.diagnosis and cell.diagnosis.sentence else "no rank waited in a collective"
         print(
-            f"{cell.name} interrupted; ranks free after {time.monotonic() - started:.1f} s, names kept\n{found}",
+            f"{cell.name} interrupted; ranks free after {time.monotonic() - started:.1f} s, {kept}\n{found}",
             *cell.notes,
             sep="\n",
             file=sys.stderr,
@@ -463,9 +464,10 @@ class Cluster:
         return {} if self._is_closed else self._conductor.asker.ask(inquiry, text, members, limit_s=limit_s)
 
     def interrupt(self) -> None:
-        """Stop the cell that runs: every rank is free within a second, names kept. Called again, stuck ranks are killed.
+        """Stop the cell that runs: every rank is free within a second, names kept.
 
-        A rank in the middle of importing a library ends that first, for four seconds at most.
+        Called again, those that are still stuck are killed one second after the first call. A rank in the middle of importing a library
+        ends that first, for four seconds at most.
         """
         cell = self._conductor.active
         if cell is not None:

@@ -62,6 +62,7 @@ _GRACE_S = {"failure": 1.0, "deadlock": 0.15, "timeout": 0.0, "interrupt": 0.0} 
 _SIGNAL_AGAIN_S = 0.6  # a signal that comes just before a system call begins, after Python last looked for one, is not heard
 _SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
 _KILL_AFTER_S = 5.0
+_KILL_HURRIED_S = 1.0  # the same, once the user has asked twice; ranks that only have not answered yet keep their names
 _PART_LIMIT_S = 10.0  # for a rank to let its old groups go, when the next generation is formed
 _PART_HURRIED_S = 1.0  # the same, once the user has asked twice
 _SHOWN_FRAMES = 5  # of the stack of a rank that had to be killed
@@ -120,7 +121,7 @@ class Conductor:
         self._later(lambda: self._begin(cell, message, value, values))
 
     def stop(self, cell: ActiveCell, reason: StopReason) -> None:
-        """End a cell; a second stop while the first is under way goes straight to the last resort."""
+        """End a cell; a second stop while the first is under way has the last resort come sooner."""
         self._later(lambda: self._stop(cell, reason))
 
     def replace(self, rank: int, old: Link, link: Link) -> None:
@@ -430,7 +431,7 @@ class Conductor:
         if cell.finished.is_set() or cell is not self.active:
             return
         if cell.stop_reason is not None:
-            if reason == "interrupt" and (self._lingering or cell.stop_reason in ("interrupt", "timeout")):
+            if reason == "interrupt" and (self._lingering or "asked" in self._stop_stage or cell.stop_reason in ("interrupt", "timeout")):
                 self._stop_stage.add("hurry")
             elif reason == "interrupt":
                 self._stop_stage.add("asked")
@@ -536,7 +537,7 @@ class Conductor:
             stages.add("shut")
             for rank in cell.pending:
                 self._send(self.links[rank], Free(cell=cell.number))
-        if after_grace_s >= _KILL_AFTER_S or "hurry" in stages:
+        if after_grace_s >= (_KILL_HURRIED_S if "hurry" in stages else _KILL_AFTER_S):
             for rank in cell.pending - cell.killed:
                 cell.killed.add(rank)
                 look = self._natives.get(self.links[rank].pid)
