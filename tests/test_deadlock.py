@@ -678,3 +678,18 @@ def test_a_rank_that_does_not_leave_its_old_groups_is_ended_and_told(monkeypatch
         cluster.respawn(1)
         assert_well(cluster)
         assert cluster.pull("kept", ranks=[0, 2]) == [0, 2]
+
+
+def test_a_fresh_rank_whose_generation_was_abandoned_says_so(monkeypatch):
+    monkeypatch.setattr(conductor, "_PART_LIMIT_S", 1.0)
+    with wb.launch(3) as cluster:
+        cluster.execute("import time; kept = rank\nif rank == 2: dist.destroy_process_group = lambda: time.sleep(60)")
+        cluster.kill(1)
+        with pytest.raises(wb.RankFailed, match="rank 2 of 3 died while the ranks formed generation 1"):
+            cluster.respawn(1)
+        cluster._until(lambda: cluster._processes.links[1].is_dead, "rank 1 to end")
+        with pytest.raises(wb.RankFailed, match="rank 1 of 3 is dead: it could not join the world: .*Freed: .*\nnothing was sent"):
+            cluster.execute("1", ranks=1)
+        cluster.respawn(1)
+        assert_well(cluster)
+        assert cluster.pull("kept", ranks=0) == [0]

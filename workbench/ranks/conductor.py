@@ -77,7 +77,6 @@ class Conductor:
         self.board = board
         self.generation = 0
         self.groups: dict[int, GroupFormed] = {}
-        self.startup_errors: dict[int, str] = {}
         self.last_diagnosis: Diagnosis | None = None
         self.active: ActiveCell | None = None
         self.asker = Asker(lambda rank, question: self._later(lambda: self._send(self.links[rank], question)))
@@ -142,7 +141,7 @@ class Conductor:
     @property
     def lost_ranks(self) -> set[int]:
         """Those that are dead, or never came as far as a generation."""
-        return {link.rank for link in self.links if link.is_dead or not link.is_ready or link.rank in self.startup_errors}
+        return {link.rank for link in self.links if link.is_dead or not link.is_ready or link.startup_error}
 
     @property
     def is_rebuilding(self) -> bool:
@@ -381,9 +380,7 @@ class Conductor:
         elif isinstance(message, Parted) and message.generation == self.generation:
             self._lingering.discard(link.rank)
         elif isinstance(message, Ready) and link is self.links[link.rank]:
-            link.is_ready = True
-            if message.error:
-                self.startup_errors[link.rank] = message.error
+            link.is_ready, link.startup_error = True, message.error
         elif isinstance(message, Mark):
             self._on_mark(message.label, message.at_s)
 
@@ -407,6 +404,9 @@ class Conductor:
         if link.exit_status is None:
             link.exit_status = status
             self._drain(link)
+            while link.is_open and (messages := link.reader.read()):  # what it still had to say counts: why it could not join, say
+                for message, value in messages:
+                    self._take(link, message, value)
         cell = self.active
         if cell is not None and link.rank in cell.pending and link is self.links[link.rank]:
             self._collect(cell, link)
@@ -573,7 +573,7 @@ class Conductor:
         if not all(self.links[rank].is_ready or self.links[rank].is_dead for rank in cell.killed):
             return
         cell.notes += [
-            f"rank {rank} could not be started again: {self.startup_errors[rank]}" for rank in cell.killed & set(self.startup_errors)
+            f"rank {rank} could not be started again: {error}" for rank in sorted(cell.killed) if (error := self.links[rank].startup_error)
         ]
         if self.formation_error is not None and "rebuild" in stages:
             cell.notes.append(str(self.formation_error))
@@ -618,4 +618,4 @@ class Conductor:
                 self._start(rank, self.generation)
             except LaunchError as error:
                 self.links[rank].exit_status = signal.SIGKILL
-                self.startup_errors[rank] = str(error)
+                self.links[rank].startup_error = str(error)

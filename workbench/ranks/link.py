@@ -34,6 +34,7 @@ class Link:
         self.out = OutputPipe()
         self.err = OutputPipe()
         self.exit_status: int | None = None
+        self.startup_error = ""  # why it could not join the world
         self.is_ready = False
         self.is_open = True
 
@@ -67,6 +68,8 @@ class Link:
     def describe_death(self) -> tuple[int, str | None, str]:
         """Exit code, signal name, and how it died in words, with its last output lines."""
         code, name, cause = describe_exit(self.exit_status or 0)
+        if self.startup_error:
+            return code, name, f"it could not join the world: {self.startup_error.strip().splitlines()[-1]}"
         said = self.err.last_lines() or self.out.last_lines()
         said = f"\nits last output:\n{said}" if said else "\nit had written nothing"
         return code, name, f"{name or f'exit code {code}'} ({cause}){said}"

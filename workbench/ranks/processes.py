@@ -108,7 +108,6 @@ class Processes:
     def start(self, rank: int, generation: int) -> None:
         """Start a fresh process in a dead rank's place."""
         link = Link(rank)
-        self.conductor.startup_errors.pop(rank, None)
         self.conductor.replace(rank, self.links[rank], link)
         self.links[rank] = link
         self._launch(link, generation)
@@ -117,8 +116,9 @@ class Processes:
         return all(link.is_ready for link in self.links)
 
     def raise_startup_error(self) -> None:
-        for rank, text in self.conductor.startup_errors.items():
-            raise LaunchError(f"rank {rank} of {self.world_size} could not join the world:\n{text}")
+        for link in self.links:
+            if link.startup_error:
+                raise LaunchError(f"rank {link.rank} of {self.world_size} could not join the world:\n{link.startup_error}")
         for link in self.links:
             if link.is_dead and not link.is_ready:
                 code, name, cause = describe_exit(link.exit_status or 0)
