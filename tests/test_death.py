@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 
+import psutil
 import pytest
 
 import workbench as wb
@@ -134,9 +135,29 @@ def test_a_death_is_noticed_at_once():
             handle.result(timeout_s=10)
 
 
-def test_a_child_that_a_rank_left_behind_does_not_hold_its_output():
+@pytest.mark.parametrize("end", ["kill", "restart", "close", "exit"])
+def test_what_a_rank_has_started_goes_with_it(end):
     with wb.launch(2) as cluster:
-        cell = "import subprocess\nif rank: child = subprocess.Popen(['sleep', '60'])\nchild.pid if rank else None"
+        cluster.execute("import os, subprocess, sys\nchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])")
+        children = cluster.pull("child.pid")
+        stay = children[:1] if end in ("kill", "exit") else []
+        if end == "kill":
+            cluster.kill(1)
+        elif end == "restart":
+            cluster.restart()
+        elif end == "close":
+            cluster.close()
+        else:
+            died(cluster, "if rank: os._exit(1)")
+        limit = time.monotonic() + 3
+        while [pid for pid in children if psutil.pid_exists(pid)] != stay and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert [pid for pid in children if psutil.pid_exists(pid)] == stay
+
+
+def test_a_child_that_a_rank_left_behind_in_a_session_of_its_own_does_not_hold_its_output():
+    with wb.launch(2) as cluster:
+        cell = "import subprocess\nif rank: child = subprocess.Popen(['sleep', '60'], start_new_session=True)\nchild.pid if rank else None"
         pid = int(cluster.execute(cell)[1].result_text)
         cluster.kill(1)
         cluster.respawn(1)

@@ -23,6 +23,7 @@ import pytest
 import workbench as wb
 from workbench.cli import main
 from workbench.ranks import doctor
+from workbench.ranks.forkserver import FOLDER_VARIABLE
 
 ORPHAN = "import time; print('up', flush=True); time.sleep(60)"
 
@@ -52,6 +53,16 @@ def test_a_dead_drivers_processes_are_found_and_ended(tmp_path):
         folder = owner(tmp_path / "workbench-left", {"pid": gone_pid(), "started": 1.0}, [identity])
         (left,) = doctor.find_leftovers(tmp_path)
         assert left.folder == folder and left.pids == (orphan.pid,)
+        doctor.remove(left)
+        assert not psutil.pid_exists(orphan.pid) and not folder.exists()
+
+
+def test_a_process_that_carries_the_mark_of_a_cluster_that_is_gone_is_found_and_ended(tmp_path):
+    folder = owner(tmp_path / "workbench-left", {"pid": gone_pid(), "started": 1.0}, [])
+    with subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, env={FOLDER_VARIABLE: str(folder)}) as orphan:
+        assert orphan.stdout is not None and orphan.stdout.readline()
+        (left,) = doctor.find_leftovers(tmp_path)
+        assert left.pids == (orphan.pid,)
         doctor.remove(left)
         assert not psutil.pid_exists(orphan.pid) and not folder.exists()
 

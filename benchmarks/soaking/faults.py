@@ -168,6 +168,19 @@ def interrupt(world: World, draw: random.Random) -> Hit:
     return Hit(at_s=at_s, what=body)
 
 
+def interrupt_twice(world: World, draw: random.Random) -> Hit:
+    """The stop button pressed again at once: ranks that heed the first keep their names."""
+    body, pause_s = _work(world, draw), 0.3 * draw.random() ** 2
+    handle = _begin(world, body)
+    _moment(draw, world)
+    at_s = time.monotonic()
+    world.cluster.interrupt()
+    time.sleep(pause_s)
+    world.cluster.interrupt()
+    world.end(handle, wb.RankInterrupted)
+    return Hit(at_s=at_s, what=f"{body}, {pause_s:.2f} s apart")
+
+
 def timeout(world: World, draw: random.Random) -> Hit:
     """A cell outlives its timeout_s."""
     body, timeout_s = _work(world, draw), 0.1 + 0.5 * draw.random()
@@ -322,6 +335,7 @@ FAULTS: dict[str, tuple[Fault, int]] = {  # name -> fault, weight
     "kill while mending": (kill_while_mending, 5),
     "restart": (restart, 2),
     "interrupt": (interrupt, 16),
+    "interrupt twice": (interrupt_twice, 6),
     "timeout": (timeout, 6),
     "stop swallowed": (stubborn, 1),
     "C loop": (c_loop, 1),

@@ -1,8 +1,8 @@
 """`workbench doctor`: what of ours was left behind, whether this machine will do, and who waits for whom in clusters that are up.
 
 Every private folder of ours holds owner.json, the journal: the process that made it and its fork servers, by pid and start time. Only what
-stands there is ours; a pid that was given to another process since has another start time and is never touched. Knows folders, processes
-and limits. Does not know cells."""
+stands there is ours, and what carries the folder's name in its environment; a pid that was given to another process since has another
+start time and is never touched. Knows folders, processes and limits. Does not know cells."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +85,8 @@ def find_leftovers(root: Path | None = None) -> list[Leftover]:
             owner = json.loads((folder / _OWNER).read_text())
             if not _is_alive(owner["driver"]):
                 alive = [one for one in owner["servers"] if _is_alive(one)]
-                found.append(Leftover(folder=folder, driver_pid=int(owner["driver"]["pid"]), pids=_with_children(alive)))
+                pids = sorted({*_with_children(alive), *_marked(folder)})
+                found.append(Leftover(folder=folder, driver_pid=int(owner["driver"]["pid"]), pids=tuple(pids)))
     return found
 
 
@@ -125,6 +126,14 @@ def _with_children(identities: Sequence[dict[str, float]]) -> tuple[int, ...]:
         process = psutil.Process(int(identity["pid"]))
         pids += [process.pid, *(child.pid for child in process.children(recursive=True))]
     return tuple(pids)
+
+
+def _marked(folder: Path) -> Iterator[int]:
+    """Processes that carry the mark of this cluster in their environment: what ranks had started, and nobody ended."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(FOLDER_VARIABLE) == str(folder):
+                yield process.pid
 
 
 def _loopback() -> Check:

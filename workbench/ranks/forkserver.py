@@ -4,8 +4,8 @@
     driver <--(Spawned pid, Exited pid status)---- server
 
 Run as `main([FD, DRIVER, MODULE...])`. It only imports and forks: one large torch operation here and a child's first would hang in libgomp.
-It forks from its main thread (parent-death signals follow the thread), has no other thread by then, reaps its children, and ends all of
-them and itself when the driver's end closes. Knows processes. Does not know what the children do."""
+It forks from its main thread (parent-death signals follow the thread), has no other thread by then, reaps its children with all that they
+started in their sessions, and ends all of them and itself when the driver's end closes. Knows processes. Does not know what the children do."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ _SIZE = struct.Struct("<Q")
 _MAX_FDS = 16
 FOLDER_VARIABLE = "WORKBENCH_FOLDER"  # names a child's cluster folder, which ends with the driver
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PTRACER = 0x59616D61
 _ORPHANED_WITHIN_S = 1.0
 _libc = ctypes.CDLL(None)
@@ -170,6 +171,7 @@ class _Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # in a container the first process may be none that reaps
 
     def serve(self) -> None:
         try:
@@ -205,22 +207,34 @@ class _Server:
             write_frame(self.sock, Spawned(pid=pid, ticket=request.ticket))
 
     def reap(self) -> None:
-        for pid in list(self.children):
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
-                self.children.discard(pid)
-                write_frame(self.sock, Exited(pid=pid, status=status))
+        """Take leave of children that have ended, and of what those had started and left to us."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                pid = ended.si_pid
+                if pid in self.children:
+                    _end_session(pid)
+                status = os.waitpid(pid, 0)[1]
+                if pid in self.children:
+                    self.children.discard(pid)
+                    write_frame(self.sock, Exited(pid=pid, status=status))
 
     def end(self) -> None:
         """The driver is gone: so are we, and all that we started."""
         for pid in self.children:
             os.kill(pid, signal.SIGKILL)
         for pid in self.children:
+            _end_session(pid)
             os.waitpid(pid, 0)
         for folder in self.folders:  # gone already unless the driver was killed
             shutil.rmtree(folder, ignore_errors=True)
         if not self.is_let_go:
             _remove_folders_of(self.driver)
+
+
+def _end_session(pid: int) -> None:
+    """End what a child of ours has started (loader workers, programs), while the child's number is still its own: before it is reaped."""
+    with contextlib.suppress(ProcessLookupError):  # it did not come as far as a session
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _child(server: _Server, request: Spawn, fds: list[int]) -> None:
