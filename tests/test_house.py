@@ -22,11 +22,12 @@ MAY_IMPORT = {  # part -> parts that it may import; one that is not here (cli, .
     "records": set[str](),
     "plan": LEAVES,
     "cores": set[str](),
+    "postponing": set[str](),
     "environment": {"cores"},
     "home": set[str](),
-    "ranks": LEAVES | {"plan", "environment", "home", "cores"},
+    "ranks": LEAVES | {"plan", "environment", "home", "cores", "postponing"},
     "models": LEAVES | {"plan"},
-    "rollout": LEAVES | {"plan", "ranks", "models", "run", "live", "store", "environment", "cores"},  # what it ran is told as a Run
+    "rollout": LEAVES | {"plan", "ranks", "models", "run", "live", "store", "environment", "cores", "postponing"},  # it tells a Run
     "learn": LEAVES | {"plan", "ranks", "models", "rollout"},
     "frames": LEAVES | {"plan"},
     "store": RECORDS,

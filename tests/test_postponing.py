@@ -1,4 +1,4 @@
-"""An interrupt in the middle of a step: heard at its end, after a while, or when it comes again."""
+"""An interrupt in the middle of a block that must be whole: heard at its end, or after a while."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from workbench.rollout.postponing import interrupts_postponed
+from workbench.postponing import interrupts_postponed
 
 
 def interrupt() -> None:
@@ -28,15 +28,33 @@ def test_it_is_heard_at_the_end_of_the_block():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize(("limit_s", "again_s"), [(0.1, None), (60.0, 0.1)])
-def test_a_long_block_is_cut_after_a_while_or_when_it_comes_again(limit_s: float, again_s: float | None):
+def test_a_long_block_is_cut_after_a_while():
     started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt), interrupts_postponed(limit_s):
+    with pytest.raises(KeyboardInterrupt), interrupts_postponed(0.1):
         interrupt()
-        if again_s is not None:
-            threading.Timer(again_s, interrupt).start()
         time.sleep(30)
     assert 0.05 < time.monotonic() - started < 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_presses_again_is_not_heard_earlier():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_postponed(60.0):
+        for _ in range(3):
+            interrupt()
+            time.sleep(0.01)
+        done.append("whole")
+    assert done == ["whole"]
+    time.sleep(0.05)  # none is left over
+
+
+def test_of_blocks_within_blocks_the_outermost_is_whole():
+    done = []
+    with pytest.raises(KeyboardInterrupt), interrupts_postponed():
+        with interrupts_postponed():
+            interrupt()
+        done.append("whole")
+    assert done == ["whole"]
 
 
 def test_an_error_of_the_block_is_kept_beside_it():

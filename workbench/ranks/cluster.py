@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from workbench.errors import ClusterBusy, ClusterClosed, LaunchError, RankFailed, RankInterrupted
 from workbench.plan.layout import Layout
 from workbench.plan.selector import Selector, select_ranks
+from workbench.postponing import interrupts_postponed
 from workbench.ranks.channel import Packed, pack
 from workbench.ranks.door import Door
 from workbench.ranks.failures import FailureKeeper
@@ -46,7 +47,9 @@ __all__ = ["Cluster"]
 
 _PROGRESS_AFTER_S = 2.0
 _STOP_LIMIT_S = 15.0
+_RENEW_LIMIT_S = 5.0  # that an interrupt waits for fresh ranks, which takes a part of a second
 _START_LIMIT_S = 120.0
+_CLOSE_LIMIT_S = 10.0  # the same for what is closed: engines take their time
 
 
 class Cluster:
@@ -262,8 +265,14 @@ class Cluster:
             )
         from workbench.ranks.forming import use_layout
 
-        self.run(use_layout, layout)
-        self._layout = self._processes.layout = layout
+        try:
+            self.run(use_layout, layout)
+        except BaseException:
+            if not self._is_closed and not self._conductor.lost_ranks and self._conductor.active is None:
+                with interrupts_postponed(_RENEW_LIMIT_S):
+                    self._renew(set())  # some ranks may have the new groups and others not: all go back to the layout in use
+            raise
+        self._layout = self._conductor.layout = layout
 
     @contextmanager
     def record(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
@@ -347,15 +356,24 @@ class Cluster:
         if self._taped is not None and task is not Task.HOUSE:
             self._tape_fresh_ranks()
         packed = None if value is None else _pack(value, label)
-        conductor = self._conductor
-        with self._lock:
-            cell = self._new_cell(task, text, members, timeout_s, label, on_output)
-            self._conductor.active = cell
-            self.history.add(cell.number, task, text, members, packed, timeout_s)
-            message = RunCell(cell=cell.number, task=task, text=text, members=members)
-            self._conductor.begin(cell, message, packed)
-        handle = CellHandle(cell, lambda c: conductor.stop(c, "interrupt"))
-        return self._await(cell, handle) if block else handle
+        conductor, cell = self._conductor, None
+        try:
+            with interrupts_postponed(), self._lock:
+                cell = self._new_cell(task, text, members, timeout_s, label, on_output)
+                conductor.active = cell
+                self.history.add(cell.number, task, text, members, packed, timeout_s)
+                message = RunCell(cell=cell.number, task=task, text=text, members=members)
+                conductor.begin(cell, message, packed)
+            handle = CellHandle(cell, lambda c: conductor.stop(c, "interrupt"))
+            if not block:
+                return handle
+            self._wait_with_progress(cell)
+        except KeyboardInterrupt:
+            if cell is None:
+                raise
+            self._interrupted(cell)
+            raise KeyboardInterrupt(str(RankInterrupted(cell.diagnosis.sentence if cell.diagnosis else ""))) from None
+        return handle.result()
 
     def _new_cell(
         self,
@@ -400,15 +418,6 @@ class Cluster:
                 f"{active.name} still runs on ranks {sorted(active.pending)}\n"
                 "wait for its handle's result(), or stop it: cluster.interrupt()"
             )
-
-    def _await(self, cell: ActiveCell, handle: CellHandle) -> Any:
-        """Wait for a cell; a KeyboardInterrupt stops it on the ranks first."""
-        try:
-            self._wait_with_progress(cell)
-        except KeyboardInterrupt:
-            self._interrupted(cell)
-            raise KeyboardInterrupt(str(RankInterrupted(cell.diagnosis.sentence if cell.diagnosis else ""))) from None
-        return handle.result()
 
     def _wait_with_progress(self, cell: ActiveCell) -> None:
         if cell.finished.wait(_PROGRESS_AFTER_S):
@@ -492,20 +501,22 @@ class Cluster:
         if self._rank(rank) not in lost:
             raise ValueError(f"rank {rank} is alive (pid {self.pid(rank)}); cluster.kill({rank}) first, or cluster.restart() for all")
         self.history.event("respawn", rank)
-        for one in lost:
-            self._processes.links[one].signal(signal.SIGKILL)  # it may still be on its way into a generation that was abandoned
-        self._until(lambda: all(self._processes.links[one].is_dead for one in lost), "ranks to end")
-        self._renew(lost)
+        with interrupts_postponed(_RENEW_LIMIT_S):
+            for one in lost:
+                self._processes.links[one].signal(signal.SIGKILL)  # it may still be on its way into a generation that was abandoned
+            self._until(lambda: all(self._processes.links[one].is_dead for one in lost), "ranks to end")
+            self._renew(lost)
 
     def restart(self) -> None:
         """Fresh ranks in place of all: empty namespaces, the next generation."""
         if self._is_closed:
             self._refuse_when_closed_or_busy()
         self.history.event("restart")
-        for link in self._processes.links:
-            link.signal(signal.SIGKILL)
-        self._until(lambda: all(link.is_dead for link in self._processes.links) and self._conductor.active is None, "the ranks to end")
-        self._renew(set(range(self.world_size)))
+        with interrupts_postponed(_RENEW_LIMIT_S):
+            for link in self._processes.links:
+                link.signal(signal.SIGKILL)
+            self._until(lambda: all(link.is_dead for link in self._processes.links) and self._conductor.active is None, "the ranks to end")
+            self._renew(set(range(self.world_size)))
 
     def _renew(self, fresh: set[int]) -> None:
         generation = self.generation + 1
@@ -632,7 +643,10 @@ def _first_that_stays(names: Mapping[str, Any]) -> str:
 def _close(processes: Processes, owned: list[Callable[[], None]], views: list[Callable[[], None]]) -> None:
     if processes.owner_pid != os.getpid():  # a fork of the driver that ends takes nothing with it
         return
-    for close in [*views, *reversed(owned)]:
-        with contextlib.suppress(Exception):
-            close()
-    processes.close()
+    with interrupts_postponed(_CLOSE_LIMIT_S):
+        try:
+            for close in [*views, *reversed(owned)]:
+                with contextlib.suppress(Exception):
+                    close()
+        finally:
+            processes.close()

@@ -6,7 +6,7 @@
         needed)
     when all have answered: where gloo connections were shut, all ranks form the next generation
 
-Knows links, the board and one active cell. Does not know notebooks, layouts or what cells are for.
+Knows links, the board and one active cell. Does not know notebooks, what layouts mean or what cells are for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 from workbench.errors import LaunchError, RankError, RankFailed
+from workbench.plan.layout import Layout
 from workbench.ranks.asking import Asker
 from workbench.ranks.board import AreaState, Board
 from workbench.ranks.channel import Packed
@@ -76,6 +77,7 @@ class Conductor:
         self.links = links
         self.board = board
         self.generation = 0
+        self.layout: Layout | None = None  # in use since `cluster.use`; each generation and fresh ranks form its groups
         self.groups: dict[int, GroupFormed] = {}
         self.last_diagnosis: Diagnosis | None = None
         self.active: ActiveCell | None = None
@@ -264,7 +266,7 @@ class Conductor:
         self._rebuilding = {link.rank for link in self.links if not link.is_dead and link.rank not in fresh}
         self._lingering, self._ended, self._forming_since_s = set(self._rebuilding), set(), time.monotonic()
         for rank in self._rebuilding:
-            self._send(self.links[rank], Rebuild(generation=generation))
+            self._send(self.links[rank], Rebuild(generation=generation, layout=self.layout))
             self.links[rank].signal(signal.SIGCONT)
         for link in self.links:
             if link.is_dead and link.rank not in fresh:
@@ -614,8 +616,5 @@ class Conductor:
                 f"rank {rank} did not heed the stop for {_KILL_AFTER_S:.0f} s or was stopped twice (code that never returns, or swallows "
                 "KeyboardInterrupt): it was killed and started afresh, empty; the other ranks keep their names"
             )
-            try:
+            with contextlib.suppress(LaunchError):  # it is told as one that could not be started
                 self._start(rank, self.generation)
-            except LaunchError as error:
-                self.links[rank].exit_status = signal.SIGKILL
-                self.links[rank].startup_error = str(error)

@@ -5,7 +5,8 @@
 
 Run as `main([FD, DRIVER, MODULE...])`. It only imports and forks: one large torch operation here and a child's first would hang in libgomp.
 It forks from its main thread (parent-death signals follow the thread), has no other thread by then, reaps its children with all that they
-started in their sessions, and ends all of them and itself when the driver's end closes. Knows processes. Does not know what the children do."""
+started in their sessions, and ends all of them and itself when the driver's end closes. Knows processes. Does not know what the children
+do."""
 
 from __future__ import annotations
 

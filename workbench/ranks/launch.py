@@ -7,6 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import LaunchError
+from workbench.postponing import interrupts_postponed
+from workbench.ranks.forkserver import import_at_once
 from workbench.ranks.servers import server_of_ranks
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ def launch(
     from workbench.ranks.cluster import Cluster
     from workbench.ranks.processes import LaunchOptions, Processes
 
+    import_at_once("torch.distributed")
     _replace_the_old_one()
     options = LaunchOptions(
         world_size=world_size,
@@ -62,13 +65,17 @@ def launch(
         start_method=start_method,
         records_failures=record == "failures",
     )
-    processes = Processes(options, server)
+    processes = None
     try:
+        with interrupts_postponed():
+            processes = Processes(options, server)
         processes.start_all()
+        with interrupts_postponed():
+            return Cluster(processes)
     except BaseException:
-        processes.close()
+        if processes is not None:
+            processes.close()
         raise
-    return Cluster(processes)
 
 
 def check_options(world_size: Any, seed: Any = 0, collective_timeout_s: Any = 1800, start_method: str = "forkserver") -> None:

@@ -69,7 +69,8 @@ class Link:
         """Exit code, signal name, and how it died in words, with its last output lines."""
         code, name, cause = describe_exit(self.exit_status or 0)
         if self.startup_error:
-            return code, name, f"it could not join the world: {self.startup_error.strip().splitlines()[-1]}"
+            lines = self.startup_error.strip().splitlines()
+            return code, name, "it could not join the world: " + (lines[-1] if lines[0].startswith("Traceback") else "\n".join(lines))
         said = self.err.last_lines() or self.out.last_lines()
         said = f"\nits last output:\n{said}" if said else "\nit had written nothing"
         return code, name, f"{name or f'exit code {code}'} ({cause}){said}"

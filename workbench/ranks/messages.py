@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from workbench.plan.layout import Layout
 from workbench.ranks.digest import Digest
 
 __all__ = [
@@ -159,9 +160,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rebuild:
-    """Leave the process group and form the next generation."""
+    """Leave the process group and form the next generation, with the groups of this layout: a stop may have left ranks with others."""
 
     generation: int
+    layout: Layout | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from workbench.cores import num_usable_cores
 from workbench.errors import LaunchError
-from workbench.plan.layout import Layout
+from workbench.postponing import interrupts_postponed
 from workbench.ranks.board import Board
 from workbench.ranks.conductor import Conductor
 from workbench.ranks.doctor import write_owner
@@ -31,6 +31,7 @@ from workbench.ranks.servers import ForkServer, describe_exit
 __all__ = ["LaunchOptions", "Processes"]
 
 _START_LIMIT_S = 120.0
+_CLOSE_LIMIT_S = 5.0
 KEY_VARIABLE = "WORKBENCH_KEY"  # as `wire` names it, which brings torch
 _BACKLOG = 4096
 _DESCRIPTORS_PER_RANK = 8
@@ -73,7 +74,6 @@ class Processes:
         self.tape_folder = self.folder / "tapes"
         if options.records_failures:
             self.tape_folder.mkdir(mode=0o700)
-        self.layout: Layout | None = None  # in use since `cluster.use`; fresh ranks form its groups too
         self.owner_pid = os.getpid()
         self._key = secrets.token_hex(32)
         self._is_closed = False
@@ -110,7 +110,12 @@ class Processes:
         link = Link(rank)
         self.conductor.replace(rank, self.links[rank], link)
         self.links[rank] = link
-        self._launch(link, generation)
+        try:
+            self._launch(link, generation)
+        except BaseException as error:  # it will never come: its peers must not wait for it
+            link.exit_status, link.startup_error = signal.SIGKILL, f"{type(error).__name__}: {error}"
+            self.conductor.exited(link, link.exit_status)
+            raise
 
     def are_ready(self) -> bool:
         return all(link.is_ready for link in self.links)
@@ -140,7 +145,7 @@ class Processes:
             timeout_s=self.options.collective_timeout_s,
             is_checked=self.options.check_collectives,
             num_threads=max(1, num_usable_cores() // self.world_size),
-            layout=self.layout,
+            layout=self.conductor.layout,
             tape_folder=str(self.tape_folder) if self.options.records_failures else "",
         )
         link.start(self._server, config, self.board, self._environment(link.rank), self.conductor.exited)
@@ -172,11 +177,15 @@ class Processes:
         """End every rank: close its channel, and kill what has not ended by then."""
         if self._is_closed or os.getpid() != self.owner_pid:  # a fork of the driver that ends takes nothing with it
             return
+        with interrupts_postponed(_CLOSE_LIMIT_S):
+            self._close()
+
+    def _close(self) -> None:
         self._is_closed = True
         self.conductor.abandon()
         for link in self.links:
             link.signal(signal.SIGKILL)  # nothing of a rank is worth waiting for: its state goes with it
-        limit = time.monotonic() + 5
+        limit = time.monotonic() + _CLOSE_LIMIT_S
         with self.conductor.changed:
             while not all(link.is_dead or not link.pid for link in self.links) and time.monotonic() < limit:
                 self.conductor.changed.wait(0.02)

@@ -214,7 +214,7 @@ class Rank:
             try:
                 message, value = self._waiting.get()
                 if isinstance(message, Rebuild):
-                    self._rebuild(message.generation)
+                    self._rebuild(message.generation, message.layout)
                 elif isinstance(message, RunCell):
                     self._run(message, value)
             except KeyboardInterrupt:
@@ -327,7 +327,7 @@ class Rank:
             self._met_import_s = time.monotonic()
         return time.monotonic() - self._met_import_s < (_IMPORT_S if is_users(module) else _LIBRARY_S)
 
-    def _rebuild(self, generation: int) -> None:
+    def _rebuild(self, generation: int, layout: Layout | None) -> None:
         error = ""
         try:
             self.interceptor.end_generation()
@@ -340,16 +340,22 @@ class Rank:
             self._join(generation)
             self.here.generation = generation
             self.here.group.rebind(_world())
-            self._follow()
+            self._follow(layout)
         except (Exception, Freed):
             error = traceback.format_exc()
         self.writer.send(Rebuilt(generation=generation, error=error))
 
-    def _follow(self) -> None:
+    def _follow(self, layout: Layout | None) -> None:
         """Form the layout's groups again behind the handles that the user holds."""
-        if self.here.has_layout:
-            for axis, formed in forming.form_groups(self.here.layout).items():
-                self.here.groups[axis].rebind(formed.process_group if formed.is_member else None)
+        here = self.here
+        if layout is None or layout != here.layout:  # a stop came while it was changed
+            here.groups.clear()
+            here.layout, here.has_layout = layout or Layout(world_size=here.world_size), layout is not None
+        for axis, formed in forming.form_groups(layout).items() if layout is not None else ():
+            if axis in here.groups:
+                here.groups[axis].rebind(formed.process_group if formed.is_member else None)
+            else:
+                here.groups[axis] = formed
 
 
 def _place(stack: list[traceback.FrameSummary], cell_file: str) -> tuple[int, str]:

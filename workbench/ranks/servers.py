@@ -20,6 +20,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from workbench.errors import LaunchError
+from workbench.postponing import interrupts_postponed
 from workbench.ranks.forkserver import Exited, Leave, Spawn, Spawned, read_frame, write_frame
 
 __all__ = ["ForkServer", "describe_exit", "fork_server", "server_of_ranks"]
@@ -102,7 +103,8 @@ class ForkServer:
         )
         with self._lock:
             try:
-                write_frame(self._sock, request, list(fds))
+                with interrupts_postponed():
+                    write_frame(self._sock, request, list(fds))
                 answer = self._answer(request.ticket)
             except (OSError, Empty) as error:
                 raise LaunchError(self._failure(repr(error))) from error

@@ -26,6 +26,7 @@ import torch
 
 from workbench import models
 from workbench.errors import EngineError
+from workbench.postponing import interrupts_postponed
 from workbench.records import FinishReason, Prompt, Sampling
 from workbench.rollout.batch import Completion
 from workbench.rollout.checkpoint import Checkpoint
@@ -33,7 +34,6 @@ from workbench.rollout.engine import PhaseTimes
 from workbench.rollout.guard import last_lines, log_to, new_folder, output_to, process_state_kept
 from workbench.rollout.local_engine import LocalEngine
 from workbench.rollout.own_world import OwnWorld
-from workbench.rollout.postponing import interrupts_postponed
 from workbench.rollout.reader import PromptReader
 from workbench.rollout.requests import Request, prompt_hash
 from workbench.rollout.sleep import TAGS, default_backup_dir, tidy
