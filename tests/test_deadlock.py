@@ -377,7 +377,7 @@ def test_an_interrupt_beside_ranks_inside_gloo_is_an_interrupt():
 def test_a_rank_that_waits_in_an_engines_own_group_is_freed_and_keeps_its_names():
     with wb.launch(2) as cluster:
         cluster.execute(
-            "import time\nengine = wb.current().process.interceptor.engine_groups\nkept = rank\n"
+            "import functools, time\nengine = functools.partial(wb.current().process.interceptor.engine_groups, set())\nkept = rank\n"
             "with engine(): own = dist.new_group([0, 1])\ndist.barrier(group=own)"
         )
         pids = [cluster.pid(r) for r in range(2)]
@@ -693,3 +693,40 @@ def test_a_fresh_rank_whose_generation_was_abandoned_says_so(monkeypatch):
         cluster.respawn(1)
         assert_well(cluster)
         assert cluster.pull("kept", ranks=0) == [0]
+
+
+ENGINE_WORLD = """
+import os, signal, threading, time
+from workbench.rollout.own_world import OwnWorld
+kept = rank
+own = OwnWorld(dist.group.WORLD)
+x = torch.ones(50_000_000)
+"""
+
+
+def test_a_stop_in_a_collective_of_an_engine_loses_no_names():
+    """Such collectives are not watched; one of them in the middle of a large message to a paused peer is not ended by gloo."""
+    pause = "if rank: threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()\n"
+    with wb.launch(2) as cluster:
+        for _ in range(5):
+            cluster.execute(ENGINE_WORLD)
+            handle = cluster.execute(f"{pause}with own.entered():\n    while True: dist.all_reduce(x)", block=False)
+            time.sleep(0.5)
+            cluster.interrupt()
+            with pytest.raises(wb.RankInterrupted):
+                handle.result(timeout_s=4)
+            assert cluster.pull("kept") == [0, 1]
+
+
+def test_the_world_of_an_engine_that_was_stopped_in_its_middle_can_be_let_go_of():
+    begin = "with own.entered():\n    work = dist.broadcast(x, src=1 - rank, async_op=True)\n    time.sleep(60)"  # each waits for the other
+    with wb.launch(2) as cluster:
+        cluster.execute(ENGINE_WORLD)
+        handle = cluster.execute(begin, block=False)
+        time.sleep(0.5)
+        cluster.interrupt()
+        with pytest.raises(wb.RankInterrupted):
+            handle.result(timeout_s=4)
+        cluster.execute("import gc\nown = work = None\ngc.collect()", timeout_s=5)
+        assert_well(cluster)
+        assert cluster.pull("kept") == [0, 1]

@@ -156,7 +156,7 @@ class Interceptor:
         self._shut_at_s: float | None = None  # when gloo connections of this generation were shut
         self._awake = Awake(board.world_size)
         self._helper: leaving.Helper | None = None
-        self._left: list[dist.ProcessGroup] = []  # a thread still waits in one of them: to destroy it would be to wait too
+        self._left: set[dist.ProcessGroup] = set()  # a thread still waits in one of them: to destroy it would be to wait too
         self._wait_of_torch = dist.Work.wait
         self._abandoned = -1  # the generation that will never come to be
         self.hooks: list[Hook] = []
@@ -165,8 +165,7 @@ class Interceptor:
         self._begun: deque[Any] = deque(maxlen=_MOST_IN_FLIGHT)  # works beside those that gloo may still have in hand, the oldest first
         self._unwaited: list[Any] = []  # works of messages that a stop came between, kept as long as their connections
         self._told_later: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # id of a work -> it, and whom to tell what it received
-        self._internal = 0
-        self._engine_connections: set[sockets.Connection] = set()
+        self._engines: list[set[sockets.Connection]] = []  # whose calls these are, the innermost last: the connections of each
         self._local = _OfThread()
         self._main = threading.get_ident()
         self._libraries: list[torch.library.Library] = []
@@ -195,13 +194,22 @@ class Interceptor:
         self.groups.install()
 
     @contextmanager
-    def engine_groups(self) -> Iterator[None]:
-        """Groups made inside belong to an engine: they are not watched, and shut only when a stop finds the engine at work."""
-        self._internal += 1
+    def engine_groups(self, connections: set[sockets.Connection]) -> Iterator[None]:
+        """Groups made inside belong to an engine: they are not watched, and shut only when a stop finds the engine at work.
+
+        Args:
+            connections: of this engine; those of groups made inside are added.
+        """
+        self._engines.append(connections)
         try:
             yield
+        except BaseException as error:
+            if connections and (isinstance(error, KeyboardInterrupt) or self.is_stopped or self.was_shut):
+                sockets.shut(connections)  # its peers, and gloo's own threads, must not wait for what will never come
+                self._left.update(c10d._world.pg_map)
+            raise
         finally:
-            self._internal -= 1
+            self._engines.pop()
 
     def shut(self) -> int:
         """Shut this generation's gloo connections: a wait inside gloo raises within milliseconds.
@@ -214,7 +222,7 @@ class Interceptor:
             timer = threading.Timer(_DEAF_S, self._give_up, args=(self.generation,))
             timer.name = "workbench-give-up"
             timer.start()
-        return sockets.shut(self.groups.connections | (self._engine_connections if self._internal else set()))
+        return sockets.shut(self.groups.connections.union(*self._engines))
 
     def _give_up(self, generation: int) -> None:
         """What gloo should have ended by now, and has not: C++ waits for it, who cannot be called."""
@@ -248,7 +256,7 @@ class Interceptor:
         in_hand = [*self._begun, *(call.work for call in self._in_flight.values() if not call.operation.is_point_to_point)]
         while not all(work.is_completed() for work in in_hand):
             if self._is_deaf():
-                self._left.extend(c10d._world.pg_map)
+                self._left.update(c10d._world.pg_map)
                 return
             time.sleep(0.005)
 
@@ -277,10 +285,10 @@ class Interceptor:
         def helper(
             group_size: int, group_rank: int, ranks: Sequence[int], backend: Any, store: Any, name: str, *args: Any, **kw: Any
         ) -> Any:
-            if self._internal:
+            if self._engines:
                 before = sockets.connections()
                 made = make(group_size, group_rank, ranks, backend, store, name, *args, **kw)
-                self._engine_connections |= sockets.connections() - before
+                self._engines[-1].update(sockets.connections() - before)
                 return made
             self._gather_to_make(ranks, name)
             with self._busy():  # a signal waits: all others would have the group, and this rank not
@@ -348,6 +356,8 @@ class Interceptor:
         try:
             process_group = dist.ProcessGroup.unbox(args[operation.group_at])
             group = self.groups.find(process_group)
+            if group is None and self._is_of_engine(operation, args):
+                return self._only_leavable(operation, onward(keyset & _BELOW, *args))
             if group is None:
                 writer = current_writer()
                 if writer is None or not is_stateless_gloo(process_group):
@@ -357,6 +367,16 @@ class Interceptor:
             return self._watched(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
         finally:
             forget_reduce_op()  # one that nobody read must not be taken for that of a later call from C++
+
+    def _is_of_engine(self, operation: Operation, args: tuple[Any, ...]) -> bool:
+        """Whether this is a collective of an engine's on this process's processor, which its caller waits for."""
+        is_waited_for = not operation.is_point_to_point and not operation.is_async(args)
+        return bool(self._engines) and is_waited_for and all(tensor.device.type == "cpu" for tensor in tensors_in(args[0]))
+
+    def _only_leavable(self, operation: Operation, out: Any) -> Any:
+        """Wait for a collective that nobody watches where a stop can leave it; gloo may not notice that its connections are shut."""
+        self._outlast(dist.Work.unbox(out[-1] if isinstance(out, tuple) else out), f"{operation.name} of an engine")
+        return out
 
     def _watched(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         try:
@@ -619,7 +639,7 @@ class Interceptor:
         return self._shut_at_s is not None and time.monotonic() - self._shut_at_s > _DEAF_S
 
     def _leave(self, what: str) -> NoReturn:
-        self._left.extend(c10d._world.pg_map)
+        self._left.update(c10d._world.pg_map)
         raise Freed(f"freed from {what}: the cell was stopped")
 
     def _blocking(self, make: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from torch._C._distributed_c10d import FileStore, HashStore, _unregister_process
 from torch.distributed import distributed_c10d as c10d
 
 import workbench.ranks.current as place
+from workbench.ranks.sockets import Connection
 from workbench.rollout.guard import new_folder
 
 __all__ = ["OwnWorld"]
@@ -64,6 +65,7 @@ class OwnWorld:
         self.size: int = 1 if process_group is None else process_group.size()
         self.seed, path = self._agree(process_group)
         self._state = _State(self.seed * 1000)
+        self._connections: set[Connection] = set()  # of its groups, in a rank
         hook = sys.excepthook
         with self.entered():
             store = HashStore() if path is None else FileStore(path, self.size)
@@ -86,10 +88,14 @@ class OwnWorld:
         outside = c10d._world
         c10d._world = self._state  # type: ignore[assignment]  # has the fields of torch's own, not its class
         try:
-            with _unwatched():
+            with self._unwatched():
                 yield
         finally:
             c10d._world = outside
+
+    def _unwatched(self) -> AbstractContextManager[None]:
+        here = place._here  # not current(), which would attach to a launcher's environment
+        return nullcontext() if here is None or here.process is None else here.process.interceptor.engine_groups(self._connections)
 
     def close(self) -> None:
         """Drop its groups one by one: destroying the default group would forget the names of the ranks' groups too."""
@@ -105,8 +111,3 @@ class OwnWorld:
         self._state = _State(0)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _unwatched() -> AbstractContextManager[None]:
-    here = place._here  # not current(), which would attach to a launcher's environment
-    return nullcontext() if here is None or here.process is None else here.process.interceptor.engine_groups()
