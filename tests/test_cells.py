@@ -197,6 +197,24 @@ def test_a_failed_cell_shows_its_text_in_place_of_the_drivers_stack(cluster):
     assert caught.value.rank == 2 and caught.value.world_size == 4 and "ZeroDivisionError" in caught.value.rank_traceback
 
 
+def test_an_error_has_no_line_of_ours_that_runs_out_of_the_page(cluster):
+    with pytest.raises(wb.RankDeadlock) as caught:
+        cluster.execute("summed_gradient = torch.ones(3)\nif rank != 2: dist.all_reduce(summed_gradient)")
+    (shown,) = caught.value._render_traceback_()
+    lines = shown.splitlines()
+    assert max(map(len, lines)) <= 100 < max(map(len, str(caught.value).splitlines()))
+    assert shown.split() == f"RankDeadlock: {caught.value}".split()
+    assert lines[1].startswith("    ") and lines[1].endswith("without it")
+
+
+def test_the_lines_of_a_ranks_own_traceback_stay_whole(cluster):
+    with pytest.raises(wb.RankFailed) as caught:
+        cluster.execute(f"raise ValueError('{'long ' * 40}')", ranks=2)
+    (shown,) = caught.value._render_traceback_()
+    assert shown.endswith(caught.value.rank_traceback.rstrip()) and max(map(len, shown.splitlines())) > 200
+    assert max(map(len, shown.partition("Traceback")[0].splitlines())) <= 100
+
+
 def test_the_failing_line_is_marked_among_its_neighbours(cluster):
     with pytest.raises(wb.RankFailed) as caught:
         cluster.execute("x = 1\n\ndef f(a):\n    return a / 0\n\nf(x)\nprint(x)", ranks=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_a_panel_is_one_output_that_is_replaced(stream, monkeypatch):
     panel.foot = "RankFailed: text"
     panel.finish(stream, result_of("<line>\n", ""))
     assert shown[-1]["text/plain"] == "[rank 0] <line>\nRankFailed: text" and "10 %" not in shown[-1]["text/html"]
+    assert re.search(r"<pre style=[^>]*white-space:pre-wrap[^>]*>RankFailed: text</pre>$", shown[-1]["text/html"])
 
 
 def test_the_page_of_a_flood_names_the_file_with_the_older_lines(stream, monkeypatch):

@@ -22,6 +22,7 @@ WorkbenchError
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,7 +49,11 @@ __all__ = [
     "SessionError",
     "StaleGroupError",
     "WorkbenchError",
+    "page_text",
 ]
+
+_MOST_WIDE = 100  # characters of a line; some notebooks do not break the lines of an error, and show as many of it as there is room for
+_RANKS_OWN = "Traceback (most recent call last):"
 
 
 class WorkbenchError(Exception):
@@ -111,7 +116,27 @@ class RankError(WorkbenchError):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of the driver's stack: our text, which ends with the rank's traceback."""
-        return [f"{type(self).__name__}: {self}"]
+        return [page_text(self)]
+
+
+def page_text(error: BaseException) -> str:
+    """The error's name and text as a notebook shows them: our own lines broken where they are long, a rank's traceback as it is.
+
+    "RankDeadlock: cell 3 could never end: ranks 0, 1, 3 wait in all_reduce (line 12) of group 'world'; rank 2
+        finished the cell without it"
+    """
+    lines = f"{type(error).__name__}: {error}".split("\n")
+    end = lines.index(_RANKS_OWN) if _RANKS_OWN in lines else len(lines)
+    return "\n".join([*map(_broken, lines[:end]), *lines[end:]])
+
+
+def _broken(line: str) -> str:
+    if len(line) <= _MOST_WIDE:
+        return line
+    behind = line[: len(line) - len(line.lstrip())] + "    "
+    return textwrap.fill(
+        line, _MOST_WIDE, subsequent_indent=behind, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _rebuild(kind: type[RankError], message: str, state: dict[str, Any]) -> RankError:

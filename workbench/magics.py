@@ -25,7 +25,7 @@ from IPython.core.magic import Magics, line_cell_magic, line_magic, magics_class
 from IPython.display import display
 
 from workbench.completion import RankNames, split_question
-from workbench.errors import LayoutError, WorkbenchError
+from workbench.errors import LayoutError, WorkbenchError, page_text
 from workbench.home import home
 from workbench.plan.layout import Layout
 from workbench.plan.selector import name_ranks
@@ -102,7 +102,7 @@ def _without_stack(method: Method) -> Method:
         try:
             return method(*args, **kwargs)
         except (WorkbenchError, KeyboardInterrupt) as error:
-            text = f"{type(error).__name__}: {error}"
+            text = page_text(error)
             if not hasattr(error, "_render_traceback_"):
                 setattr(error, "_render_traceback_", lambda: [text])  # noqa: B010  no attribute of exceptions: IPython's own protocol
             raise
@@ -299,7 +299,7 @@ def _follow(handle: CellHandle, stream: Stream, panel: Panel, as_cell: Context) 
     try:
         handle.result()
     except WorkbenchError as error:
-        panel.foot = f"{type(error).__name__}: {error}"
+        panel.foot = page_text(error)
     as_cell.run(panel.finish, stream, outputs)
     panel.repeat()
 

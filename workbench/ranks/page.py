@@ -15,7 +15,17 @@ from workbench.plan.folding import FoldedLine, FoldedValue, fold_lines
 from workbench.plan.selector import name_ranks
 from workbench.records import Shown
 
-__all__ = ["IN_RESULT", "LONGEST_LINE", "cut_line", "left_out", "page_of_lines", "page_of_ranks", "page_of_stream", "page_of_values"]
+__all__ = [
+    "IN_RESULT",
+    "LONGEST_LINE",
+    "cut_line",
+    "left_out",
+    "page_of_lines",
+    "page_of_ranks",
+    "page_of_stream",
+    "page_of_text",
+    "page_of_values",
+]
 
 IN_RESULT = "in the stdout and stderr of this result"
 LONGEST_LINE = 2_000  # characters
@@ -56,6 +66,11 @@ def page_of_stream(folded: Sequence[FoldedLine], bars: Mapping[int, Sequence[str
     body = "\n".join(part for part in (_lines(folded), still) if part)
     foot = f'<div style="{_MUTED};font-style:italic">{html.escape(status)}</div>'
     return f'{head}<div style="{_AT_END}"><pre style="flex:none;{_PRE}">{body}</pre></div>{foot}'
+
+
+def page_of_text(text: str) -> str:
+    """A text below the rest, such as an error's."""
+    return f'<pre style="{_PRE}">{html.escape(text)}</pre>'
 
 
 def _lines(folded: Sequence[FoldedLine]) -> str:

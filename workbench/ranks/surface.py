@@ -9,13 +9,12 @@ Knows IPython's display and terminals. Does not know ranks but by their names.
 
 from __future__ import annotations
 
-import html
 import shutil
 import sys
 from typing import Any, Protocol
 
 from workbench.plan.selector import name_ranks
-from workbench.ranks.page import IN_RESULT, page_of_stream
+from workbench.ranks.page import IN_RESULT, page_of_stream, page_of_text
 from workbench.ranks.progress import is_notebook
 from workbench.ranks.result import CellResult, text_of_lines, text_of_values
 from workbench.ranks.stream import MOST_HELD, Stream
@@ -126,7 +125,7 @@ class Panel:
         stream.close()
         page, text = result.page(older), result.text(older)
         if self.foot:
-            page += f"<pre>{html.escape(self.foot)}</pre>"
+            page += page_of_text(self.foot)
             text = f"{text}\n{self.foot}"
         if page or self._handle is not None:
             self._show(page, text)
