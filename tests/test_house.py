@@ -202,6 +202,17 @@ def test_ink_and_ground_are_of_one_theme(file):
     assert inks == grounds
 
 
+@pytest.mark.parametrize("file", sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.css")))
+def test_high_contrast_sets_every_variable_of_the_theme_at_once(file):
+    """There VS Code may give its own ink, and leave JupyterLab's white ground."""
+    text = (PACKAGE / file).read_text()
+    used = set(re.findall(r"var\((--jp-(?:ui-font|layout)-color\d)", text))
+    (body,) = re.findall(r"^\.vscode-high-contrast [^{]*\{([^}]*)\}", text, flags=re.MULTILINE)
+    told = dict(re.findall(r"(--jp-[\w-]+): var\((--vscode-[\w-]+), \w+\)", body))
+    assert used <= set(told)
+    assert all(value == ("--vscode-editor-foreground" if "font" in name else "--vscode-editor-background") for name, value in told.items())
+
+
 def test_nothing_that_is_shown_needs_jupyterlab():
     for path in [*PACKAGE.rglob("*.js"), *PACKAGE.rglob("*.css"), *PACKAGE.rglob("*.py")]:
         text = path.read_text()
