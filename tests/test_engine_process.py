@@ -109,6 +109,35 @@ def test_control_c_during_generate_leaves_no_request_behind():
     assert done.stdout == "interrupted True True\n", done.stderr
 
 
+ASLEEP_OR_AWAKE = """
+import os, signal, threading, time, workbench as wb
+with wb.launch(1) as cluster:
+    engine = wb.start_engine(cluster, kv_cache_bytes=64 * 2**20)
+    short = wb.Sampling(max_tokens=8, temperature=0.0)
+    expected = engine.generate(["7+8="], short).texts
+    for i in range(8):
+        for call in (engine.sleep, engine.wake_up):
+            pressing = threading.Timer(0.02 * i, os.kill, (os.getpid(), signal.SIGINT))
+            try:
+                pressing.start()
+                call()
+                pressing.join()
+                time.sleep(0.1)
+            except KeyboardInterrupt:
+                pass
+            engine.memory()  # behind it: what was interrupted has ended
+            print(end="." if engine.status in ("asleep", "awake") else engine.status, flush=True)
+        if engine.is_sleeping:
+            engine.wake_up()
+        print(engine.generate(["7+8="], short).texts == expected, flush=True)
+"""
+
+
+def test_control_c_never_leaves_it_half_asleep():
+    done = subprocess.run([sys.executable, "-c", ASLEEP_OR_AWAKE], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "..True\n" * 8, done.stderr
+
+
 INTERRUPTED_START = """
 import os, signal, threading, time, psutil, workbench as wb
 short = wb.Sampling(max_tokens=4, temperature=0.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import select
 import socket
 import threading
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.errors import EngineError
+from workbench.postponing import interrupts_postponed
 from workbench.ranks.channel import ChannelReader, ChannelWriter, Packed, pack, unpack
 from workbench.ranks.tape import is_playing, through_tape
 from workbench.records import EngineMemory, EngineStatus, Prompt, RolloutBatch, Sampling
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["ABORT_LIMIT_S", "Address", "EngineClient", "last_lines"]
 
 ABORT_LIMIT_S = 4.0
+_WHOLE_LIMIT_S = 0.5  # the same where the far side does not end the call, but does it whole: a stop is to take no longer than a second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,17 +158,21 @@ class EngineClient:
         with self._lock:
             ticket = self._running = next(self._tickets)
             try:
-                self._writer.send(Call(ticket=ticket, verb=verb), value)
-            except OSError as error:
-                self._status = EngineStatus.DEAD
-                raise EngineError(_dead_text(self._address, f"it was gone before {verb}")) from error
-            try:
+                self._send(Call(ticket=ticket, verb=verb), value)
                 return self._receive(ticket)
             except KeyboardInterrupt:
-                self._abort(ticket)
+                self._abort(ticket, ABORT_LIMIT_S if verb == "generate" else _WHOLE_LIMIT_S)
                 raise
             finally:
                 self._running = 0
+
+    def _send(self, call: Call, value: Packed) -> None:
+        try:
+            with interrupts_postponed():
+                self._writer.send(call, value)
+        except OSError as error:
+            self._status = EngineStatus.DEAD
+            raise EngineError(_dead_text(self._address, f"it was gone before {call.verb}")) from error
 
     def abort(self) -> None:
         """Have the call end that another thread waits for; that thread gets an EngineError which says so. Nothing, where none runs."""
@@ -174,9 +181,9 @@ class EngineClient:
             with contextlib.suppress(OSError):  # it is dead: that thread hears of it
                 self._writer.send(Abort(ticket=ticket))
 
-    def _abort(self, ticket: int) -> None:
-        """Have the call end on the far side, so that the engine is free for the next."""
-        self._sock.settimeout(ABORT_LIMIT_S)
+    def _abort(self, ticket: int, limit_s: float) -> None:
+        """Have the call end on the far side, so that the engine is free for the next; one that is done whole may be left to itself."""
+        self._sock.settimeout(limit_s)
         try:
             self._writer.send(Abort(ticket=ticket))
             self._receive(ticket)
@@ -190,16 +197,26 @@ class EngineClient:
         while True:
             while self._ready:
                 reply, value = self._ready.pop(0)
+                self._status, self._weight_version = reply.status, reply.weight_version
                 if reply.ticket == ticket:
                     return self._open(reply, value)
-            messages = self._reader.read()
+            messages = self._read()
             if messages is None:
                 self._status = EngineStatus.DEAD
                 raise EngineError(_dead_text(self._address, "it ended"))
             self._ready += messages
 
+    def _read(self) -> list[tuple[Reply, Packed | None]] | None:
+        """What has come; an interrupt is heard while nothing comes, not in the middle of a message."""
+        limit_s = self._sock.gettimeout()
+        ready = select.poll()
+        ready.register(self._sock, select.POLLIN)
+        if not ready.poll(None if limit_s is None else limit_s * 1000):
+            raise TimeoutError("timed out")
+        with interrupts_postponed():
+            return self._reader.read()
+
     def _open(self, reply: Reply, value: Packed | None) -> Any:
-        self._status, self._weight_version = reply.status, reply.weight_version
         if reply.error:
             raise (ValueError if reply.is_value_error else EngineError)(reply.error)
         return None if value is None else unpack(value)

@@ -94,7 +94,7 @@ class _Host:
         self.engine: Any = None
         self.calls: SimpleQueue[tuple[ChannelWriter, Call, Packed | None]] = SimpleQueue()
         self.driver = ChannelWriter(driver)
-        self.running: tuple[ChannelWriter, int] | None = None
+        self.running: tuple[ChannelWriter, Call] | None = None
         threading.Thread(target=self._read, args=(driver, self.driver), kwargs={"is_driver": True}, daemon=True).start()
 
     def start(self) -> None:
@@ -121,7 +121,7 @@ class _Host:
     def _perform(self, writer: ChannelWriter, call: Call, value: Packed | None) -> None:
         error, is_value_error, was_aborted, result = "", False, False, None
         try:
-            self.running = (writer, call.ticket)
+            self.running = (writer, call)
             args, kwargs = unpack(value) if value is not None else ((), {})
             if call.verb not in _VERBS:
                 raise EngineError(f"an engine process was asked for {call.verb!r}; it knows {', '.join(_VERBS)}")
@@ -158,15 +158,17 @@ class _Host:
                 told.close()
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self.running is not None:
+        if self.running is not None and self.running[1].verb == "generate":
             raise KeyboardInterrupt
 
     def _abort(self, writer: ChannelWriter, ticket: int) -> None:
-        if self.running == (writer, ticket):
+        """End a generate that runs; all else is done whole, for half a sleep, or half of the weights, would be of no use to anyone."""
+        running = self.running
+        if running is not None and running[0] is writer and running[1].ticket == ticket and running[1].verb == "generate":
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             if self.config.tp > 1:
                 # inside a collective of the engine's own no signal is heard; its group is out of step in any case
-                threading.Timer(_LEAVE_AFTER_ABORT_S, lambda: self.running == (writer, ticket) and os._exit(1)).start()
+                threading.Timer(_LEAVE_AFTER_ABORT_S, lambda: self.running is running and os._exit(1)).start()
 
     def _read(self, sock: socket.socket, writer: ChannelWriter, *, is_driver: bool) -> None:
         with contextlib.suppress(Exception):
@@ -178,7 +180,7 @@ class _Host:
         if is_driver:
             self._leave()
         if self.running is not None and self.running[0] is writer:
-            self._abort(writer, self.running[1])  # its caller died
+            self._abort(writer, self.running[1].ticket)  # its caller died
 
     def _leave(self) -> None:
         """The driver is gone: give back what outlives a process (files, shared memory), but do not wait for a stuck engine."""
