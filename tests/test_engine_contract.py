@@ -364,6 +364,42 @@ def test_an_interrupt_while_the_batch_changes_waits_for_the_end_of_the_step(
     assert engine.generate(PROMPTS, GREEDY).texts == before and status(engine) is EngineStatus.AWAKE
 
 
+def test_an_interrupt_of_a_sleep_or_a_wake_up_waits_for_its_end(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = engines["vllm"]
+    before = engine.generate(PROMPTS, GREEDY).texts
+    for verb, call in (("_sleep", engine.sleep), ("_wake_up", engine.wake_up)):
+        whole = getattr(engine, verb)
+
+        def interrupted(*args: Any, whole: Any = whole) -> Any:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            return whole(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, verb, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        assert engine.is_sleeping == (verb == "_sleep")
+    assert engine.generate(PROMPTS, GREEDY).texts == before
+
+
+def test_an_engine_that_was_cut_half_asleep_says_so(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine: Any = engines["vllm"]
+
+    def cut(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_sleep", cut)
+        with pytest.raises(KeyboardInterrupt):
+            engine.sleep()
+    assert status(engine) is EngineStatus.DEAD
+    with pytest.raises(wb.EngineError, match="the engine is dead: sleep was interrupted in its middle\nstart another"):
+        engine.generate(PROMPTS, GREEDY)
+    engine._death = ""  # it was not asleep by half: its real sleep never began
+    assert status(engine) is EngineStatus.AWAKE
+
+
 def test_sleep_is_seen_from_outside(engines: dict[str, Engine]) -> None:
     engine, me = engines["vllm"], psutil.Process()
     engine.generate(PROMPTS, GREEDY)

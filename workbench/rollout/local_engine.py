@@ -9,13 +9,15 @@ import os
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import psutil
 
 from workbench.errors import EngineError
+from workbench.postponing import interrupts_postponed
 from workbench.records import EngineMemory, EngineStatus, FinishedCompletion, FinishReason, Prompt, RolloutBatch, Sampling
 from workbench.rollout.batch import Completion, pack_completions
 from workbench.rollout.checkpoint import Checkpoint
@@ -150,13 +152,14 @@ class LocalEngine(ABC):
             raise EngineError(f"sleep level {level!r} is none of 0 (pause), 1 (weights kept) and 2 (weights discarded)")
         if self._level is not None and (level == 0 or "weights" in self._asleep):
             return _no_op(self._level, f"already asleep at level {self._level}; wake_up() first to sleep at another")
-        if level == 0:
-            self._sleep(0, [])
-            self._level = 0
-            return _no_op(0, "")
         is_kept = level == 1 or self._version > 0
-        times = self._sleep(1 if is_kept else 2, [tag for tag in TAGS if tag not in self._asleep])
-        self._level, self._asleep, self._is_kept = level, frozenset(TAGS), is_kept
+        with self._whole("sleep"):
+            if level == 0:
+                self._sleep(0, [])
+                self._level = 0
+                return _no_op(0, "")
+            times = self._sleep(1 if is_kept else 2, [tag for tag in TAGS if tag not in self._asleep])
+            self._level, self._asleep, self._is_kept = level, frozenset(TAGS), is_kept
         return replace(times, level=level)
 
     def wake_up(self, tags: Sequence[str] | None = None) -> PhaseTimes:
@@ -175,11 +178,22 @@ class LocalEngine(ABC):
         note = f"{' and '.join(left)}: awake already" if left else ""
         if self._asleep and not wanted:
             return _no_op(self._level, note)
-        times = replace(self._wake_up(wanted), level=self._level, note=note)
-        self._asleep -= set(wanted)
-        if not self._asleep:
-            self._level = None
+        with self._whole("wake_up"):
+            times = replace(self._wake_up(wanted), level=self._level, note=note)
+            self._asleep -= set(wanted)
+            if not self._asleep:
+                self._level = None
         return times
+
+    @contextmanager
+    def _whole(self, verb: str) -> Iterator[None]:
+        """An interrupt waits for the end of the block; one that cannot wait any longer leaves an engine of which nobody knows the state."""
+        with interrupts_postponed():
+            try:
+                yield
+            except KeyboardInterrupt:
+                self._death = f"{verb} was interrupted in its middle"
+                raise
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See `Engine.update_weights`; a part of the checkpoint's tensors is enough. Caches are reset."""
