@@ -54,9 +54,10 @@ class CollectivesResult:
 
 
 def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int) -> list[float]:
-    """Seconds of one all_reduce over the default group, a number a batch of `num_calls`; runs in a rank, with one thread.
+    """Seconds of one all_reduce over the default group, a number a batch; runs in a rank, with one thread.
 
-    Small ones have 8 times as many batches, since what they take changes with how deeply the cores sleep between them.
+    Small ones are made in 3 times as many batches of `num_calls`, since what they take changes with how deeply the cores sleep between
+    them; large ones in batches of a fifth.
     """
     import torch
     import torch.distributed as dist
@@ -65,7 +66,8 @@ def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int) -> lis
     torch.set_num_threads(1)
     tensor = torch.ones(num_bytes // 4)
     found = []
-    for _ in range(1 + (8 * num_batches if num_bytes < LARGE_BYTES else num_batches)):
+    num_batches, num_calls = (3 * num_batches, num_calls) if num_bytes < LARGE_BYTES else (num_batches, max(1, num_calls // 5))
+    for _ in range(1 + num_batches):
         dist.barrier()
         start_s = time.perf_counter()
         for _ in range(num_calls):
@@ -77,9 +79,9 @@ def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int) -> lis
 
 
 def measure(
-    *, world_sizes: Sequence[int] = (2, 4, 8), sizes: Sequence[int] = (SMALL_BYTES, LARGE_BYTES), num_calls: int = 100, repeats: int = 3
+    *, world_sizes: Sequence[int] = (2, 4, 8), sizes: Sequence[int] = (SMALL_BYTES, LARGE_BYTES), num_calls: int = 100, repeats: int = 9
 ) -> CollectivesResult:
-    """Time all three ways in turns."""
+    """Time all three ways in turns, each time in fresh processes: how those fall on the cores differs more than the calls of one run."""
     timings = []
     for num_ranks in world_sizes:
         rounds = [(_ours(num_ranks, sizes, num_calls, True), _ours(num_ranks, sizes, num_calls, False), _plain(num_ranks, sizes, num_calls))
