@@ -136,9 +136,15 @@ class Conductor:
         self._later(put)
 
     def begin_generation(self, generation: int, fresh: set[int]) -> None:
-        """Have all ranks but the fresh ones form a generation; they report Rebuilt, fresh ones Ready."""
+        """Have all ranks but the fresh ones form a generation; they report Rebuilt, fresh ones Ready. When it returns, they were told."""
+        told = threading.Event()
 
-        self._later(lambda: self._begin_generation(generation, fresh))
+        def tell() -> None:
+            self._begin_generation(generation, fresh)
+            told.set()
+
+        self._later(tell)
+        told.wait(_PART_LIMIT_S)
 
     @property
     def lost_ranks(self) -> set[int]:
@@ -260,6 +266,8 @@ class Conductor:
             cell.finished.set()
 
     def _begin_generation(self, generation: int, fresh: set[int]) -> None:
+        if self._rebuilding:
+            self._let_go()  # the one before never came to be, and who waits in it would not come to this one
         self.generation = generation
         self.groups = {key: group for key, group in self.groups.items() if group.outlives_generations}
         self.rebuild_errors, self.formation_error = {}, None
@@ -302,9 +310,13 @@ class Conductor:
             signal_name=name,
         )
         self._rebuilding, self._lingering = set(), set()
-        for other in self.links:
-            if not other.is_dead:
-                self._send(other, Abandon(generation=self.generation))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Have the ranks leave the generation that they form."""
+        for link in self.links:
+            if not link.is_dead:
+                self._send(link, Abandon(generation=self.generation))
 
     def _begin(self, cell: ActiveCell, message: RunCell, value: Packed | None, values: dict[int, Packed] | None) -> None:
         self._stop_stage, self._num_signals, self._seen, self._natives = set(), 0, {}, {}
@@ -373,7 +385,7 @@ class Conductor:
                 self._looked[message.ticket] = message
         elif isinstance(message, Answer):
             self.asker.take(link.rank, message)
-        elif isinstance(message, Rebuilt):
+        elif isinstance(message, Rebuilt) and message.generation == self.generation:
             if message.error and self.formation_error is None:
                 self.rebuild_errors[link.rank] = message.error
             if self._rebuilding is not None:
