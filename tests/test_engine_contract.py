@@ -364,10 +364,11 @@ def test_an_interrupt_while_the_batch_changes_waits_for_the_end_of_the_step(
     assert engine.generate(PROMPTS, GREEDY).texts == before and status(engine) is EngineStatus.AWAKE
 
 
-def test_an_interrupt_of_a_sleep_or_a_wake_up_waits_for_its_end(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_of_all_but_a_generate_waits_for_its_end(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = engines["vllm"]
-    before = engine.generate(PROMPTS, GREEDY).texts
-    for verb, call in (("_sleep", engine.sleep), ("_wake_up", engine.wake_up)):
+    before, version = engine.generate(PROMPTS, GREEDY).texts, engine.weight_version + 1
+    update = lambda: engine.update_weights(weights(engine).items(), version=version)  # noqa: E731
+    for verb, call in (("_sleep", engine.sleep), ("_wake_up", engine.wake_up), ("_load", update)):
         whole = getattr(engine, verb)
 
         def interrupted(*args: Any, whole: Any = whole) -> Any:
@@ -380,7 +381,7 @@ def test_an_interrupt_of_a_sleep_or_a_wake_up_waits_for_its_end(engines: dict[st
             with pytest.raises(KeyboardInterrupt):
                 call()
         assert engine.is_sleeping == (verb == "_sleep")
-    assert engine.generate(PROMPTS, GREEDY).texts == before
+    assert engine.generate(PROMPTS, GREEDY).texts == before and engine.weight_version == version
 
 
 def test_an_engine_that_was_cut_half_asleep_says_so(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,7 @@ _SIGNAL_AGAIN_S = 0.6  # a signal that comes just before a system call begins, a
 _SHUT_AFTER_S = 0.3  # after the signal: a rank that has not answered waits in native code, perhaps in gloo
 _KILL_AFTER_S = 5.0
 _KILL_HURRIED_S = 1.0  # the same, once the user has asked twice; ranks that only have not answered yet keep their names
+_TELL_LIMIT_S = 10.0  # for this thread to come to what another asked it for; it takes milliseconds, or it has ended
 _PART_LIMIT_S = 10.0  # for a rank to let its old groups go, when the next generation is formed
 _PART_HURRIED_S = 1.0  # the same, once the user has asked twice
 _SHOWN_FRAMES = 5  # of the stack of a rank that had to be killed
@@ -144,7 +145,7 @@ class Conductor:
             told.set()
 
         self._later(tell)
-        told.wait(_PART_LIMIT_S)
+        told.wait(_TELL_LIMIT_S)
 
     @property
     def lost_ranks(self) -> set[int]:

@@ -203,12 +203,13 @@ class LocalEngine(ABC):
         if isinstance(version, bool) or not isinstance(version, int) or version < 1:
             raise EngineError(f"update_weights(version={version!r}): a version is an int of at least 1; 0 is the checkpoint")
         checked = self._checkpoint.check(named_tensors)
-        try:
-            self._load(checked)
-        except BaseException as error:
-            self._death = f"weights of version {version} were written in part: {type(error).__name__}: {error}"
-            raise EngineError(f"the engine is dead: {self._death}\nstart another") from error
-        self._version = version
+        with self._whole("update_weights"):
+            try:
+                self._load(checked)
+            except Exception as error:
+                self._death = f"weights of version {version} were written in part: {type(error).__name__}: {error}"
+                raise EngineError(f"the engine is dead: {self._death}\nstart another") from error
+            self._version = version
 
     def memory(self) -> EngineMemory:
         """See `EngineMemory`; `other_bytes` holds Python and the libraries themselves."""
