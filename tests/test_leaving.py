@@ -82,17 +82,36 @@ def test_a_collective_is_waited_for_until_it_ends_or_is_to_be_left():
     def wait(work: Any, limit: Any) -> bool:
         slices.append(limit.total_seconds())
         if len(slices) == 3:
-            end.set_result([])
             return True
         raise RuntimeError("the slice is over")
 
     assert outlast(work, wait, should_leave=lambda: False) and slices == [0.1] * 3
-    work, end = work_and_end()
     asked: list[bool] = []
 
     def should_leave() -> bool:
         asked.append(True)
         return len(asked) == 3
 
-    assert not outlast(work, lambda work, limit: True, should_leave=should_leave) and len(asked) == 3
+    def wait_in_vain(work: Any, limit: Any) -> bool:
+        raise RuntimeError("the slice is over")
+
+    assert not outlast(work, wait_in_vain, should_leave=should_leave) and len(asked) == 3
     end.set_result([])
+
+
+def test_an_error_of_the_collectives_own_is_raised_and_one_that_ends_with_its_slice_is_not_lost():
+    work, end = work_and_end()
+    end.set_result([])
+
+    def wait(work: Any, *limit: Any) -> bool:
+        if limit:
+            raise RuntimeError("the slice is over")
+        return True
+
+    assert outlast(work, wait, should_leave=lambda: True)
+
+    def fail(work: Any, *limit: Any) -> bool:
+        raise RuntimeError("connection closed by peer")
+
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        outlast(work, fail, should_leave=lambda: True)

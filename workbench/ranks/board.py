@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import struct
@@ -44,10 +45,12 @@ _ROW = struct.Struct(f"={_LEDGER_WORDS}q")
 _STARTED, _ARRIVED, _ENDED = 4, 5, 6  # words of a ledger row: times, ns
 _FIRST_SLOT = _HEAD_WORDS + _PLACE_BYTES // _WORD
 _FIRST_DATA = _FIRST_SLOT + _NUM_SLOTS * _SLOT_WORDS  # two places for each slot: a peer is at most one ahead of who still reads
-_AREA_WORDS = _FIRST_DATA + _NUM_SLOTS * 2 * _DATA_BYTES // _WORD + _LEDGER_ROWS * _LEDGER_WORDS
+_FIRST_ROW = _FIRST_DATA + _NUM_SLOTS * 2 * _DATA_BYTES // _WORD
+_AREA_WORDS = _FIRST_ROW + _LEDGER_ROWS * _LEDGER_WORDS
 
 # words of an area's head
-_BELL, _STOP, _CELL, _STATE, _KEY, _SEQUENCE, _SINCE, _LINE, _NUM_USED, _PLACE_SIZE, _NUM_LEDGER = range(11)
+_BELL, _STOP, _CELL, _NUM_USED, _NUM_LEDGER, _KEY, _SEQUENCE, _SINCE, _LINE, _PLACE_SIZE, _STATE = range(11)
+_SHOWN = struct.Struct("=6q")  # from _KEY on; the state comes last
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE = 202, 0, 1
@@ -113,6 +116,7 @@ class Board:
         self._address = ctypes.addressof(self._anchor)
         self._slot_of: dict[tuple[int, int], int] = {}
         self._awake = Awake(world_size)
+        self._wake_of = [self._waking(rank * _AREA_WORDS) for rank in range(world_size)]
         self._forgotten: dict[int, None] = {}  # keys of this process's rank whose slots may be taken, oldest first
 
     @classmethod
@@ -137,8 +141,8 @@ class Board:
         """
         for rank in ranks:
             self._words[rank * _AREA_WORDS + _STOP] = cell
-        for peer in range(self.world_size):  # whoever waits, waits for one of these
-            self._wake(peer * _AREA_WORDS)
+        for wake in self._wake_of:  # whoever waits, waits for one of these
+            wake()
 
     def read(self, rank: int) -> Posted:
         """Where a rank is now. Read twice by callers that act on it: it may move meanwhile."""
@@ -174,7 +178,7 @@ class Board:
         """The last collectives of a rank, oldest first: words as given to `note`."""
         base = rank * _AREA_WORDS
         total = self._words[base + _NUM_LEDGER]
-        first = base + _AREA_WORDS - _LEDGER_ROWS * _LEDGER_WORDS
+        first = base + _FIRST_ROW
         rows = []
         for number in range(max(0, total - _LEDGER_ROWS), total):
             at = first + (number % _LEDGER_ROWS) * _LEDGER_WORDS
@@ -204,12 +208,14 @@ class Board:
         *,
         compared: bytes | None = None,
         data: memoryview | None = None,
+        is_awaited: bool = True,
     ) -> int:
         """Post that a rank has reached its next collective of a group.
 
         Args:
             compared: what must be equal on all members, where that is not the text itself.
             data: at most 2,048 bytes for the peers to read.
+            is_awaited: peers may wait on the board for it; where none should, one that does all the same sees it a moment later.
 
         Returns:
             The collective's number in its group, from 1.
@@ -218,7 +224,9 @@ class Board:
             GroupError: there is no room for another group.
         """
         w, base = self._words, rank * _AREA_WORDS
-        slot = self._claim(rank, key)
+        slot = self._slot_of.get((rank, key), 0)
+        if not slot or w[slot] != key or key in self._forgotten:
+            slot = self._claim(rank, key)
         sequence = w[slot + 1] + 1
         text = text[: _TEXT - 1]
         ring = sequence % _RING
@@ -232,21 +240,18 @@ class Board:
             self._write(rank, slot, sequence, data)
         self.show(rank, key, sequence, state, place, line)
         w[slot + 1] = sequence
-        self._ring_bell(base)
+        if is_awaited:
+            w[base + _BELL] = (w[base + _BELL] + 1) & 0xFFFFFFFF
+            self._wake_of[rank]()
         return sequence
 
     def show(self, rank: int, key: int, sequence: int, state: AreaState, place: bytes, line: int) -> None:
         """Say where a rank is, for the driver."""
-        w, base = self._words, rank * _AREA_WORDS
+        at = rank * _AREA_WORDS * _WORD
         place = place[:_PLACE_BYTES]
-        start = (base + _HEAD_WORDS) * _WORD
+        start = at + _HEAD_WORDS * _WORD
         self._bytes[start : start + len(place)] = place
-        w[base + _PLACE_SIZE] = len(place)
-        w[base + _KEY] = key
-        w[base + _SEQUENCE] = sequence
-        w[base + _LINE] = line
-        w[base + _SINCE] = time.monotonic_ns()
-        w[base + _STATE] = state
+        _SHOWN.pack_into(self._map, at + _KEY * _WORD, key, sequence, time.monotonic_ns(), line, len(place), state)
 
     def move(self, rank: int, state: AreaState) -> None:
         self._words[rank * _AREA_WORDS + _STATE] = state
@@ -269,7 +274,8 @@ class Board:
             Stopped: `is_stopped()` became true while a peer was missing. When all have arrived the collective goes on, so that peers
                 who already entered gloo are not left alone there.
         """
-        self._awake.wait(lambda: self.has_arrived(key, sequence, peers))
+        if self._awake.is_wanted:
+            self._awake.wait(lambda: self.has_arrived(key, sequence, peers))
         pause_s = 0.001
         for peer in peers:
             while True:
@@ -351,7 +357,7 @@ class Board:
         """
         base = rank * _AREA_WORDS
         total = self._words[base + _NUM_LEDGER]
-        at = base + _AREA_WORDS - _LEDGER_ROWS * _LEDGER_WORDS + (total % _LEDGER_ROWS) * _LEDGER_WORDS
+        at = base + _FIRST_ROW + total % _LEDGER_ROWS * _LEDGER_WORDS
         _ROW.pack_into(self._map, at * _WORD, *row)
         self._words[base + _NUM_LEDGER] = total + 1
         return total
@@ -361,7 +367,7 @@ class Board:
         base = rank * _AREA_WORDS
         if number < 0 or self._words[base + _NUM_LEDGER] - number > _LEDGER_ROWS:
             return
-        at = base + _AREA_WORDS - _LEDGER_ROWS * _LEDGER_WORDS + (number % _LEDGER_ROWS) * _LEDGER_WORDS
+        at = base + _FIRST_ROW + number % _LEDGER_ROWS * _LEDGER_WORDS
         if waited_ns is not None:
             self._words[at + _ARRIVED] = min(self._words[at + _STARTED] + waited_ns, end_ns)
         self._words[at + _ENDED] = end_ns
@@ -423,13 +429,10 @@ class Board:
         index = (slot - rank * _AREA_WORDS - _FIRST_SLOT) // _SLOT_WORDS
         return (rank * _AREA_WORDS + _FIRST_DATA) * _WORD + (2 * index + place) * _DATA_BYTES
 
-    def _ring_bell(self, base: int) -> None:
-        self._words[base + _BELL] = (self._words[base + _BELL] + 1) & 0xFFFFFFFF
-        self._wake(base)
-
-    def _wake(self, base: int) -> None:
+    def _waking(self, base: int) -> Callable[[], int]:
+        """What wakes those who sleep on a bell; made once, since it is called in every collective."""
         address = ctypes.c_void_p(self._address + (base + _BELL) * _WORD)
-        _libc.syscall(_SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, None, 0)
+        return functools.partial(_libc.syscall, _SYS_FUTEX, address, _FUTEX_WAKE, _EVERYONE, None, None, 0)
 
     def _wait_for_bell(self, peer: int, seen: int, timeout_s: float) -> None:
         limit = _Timespec(0, int(timeout_s * 1e9))

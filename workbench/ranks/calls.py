@@ -10,11 +10,10 @@ import linecache
 import os
 import sys
 import sysconfig
-import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -27,7 +26,8 @@ __all__ = ["Call", "KnownGroup", "is_users", "key_of", "mismatch_text", "place_o
 
 _PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _LIBRARIES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib", "stdlib")})
-_last = threading.local()  # what `place_of` found last in this thread
+_places: dict[tuple[int, int, str], tuple[CodeType, bytes]] = {}  # a loop: its line need not be read again; code is kept, so is its id
+_MOST_PLACES = 1024
 _NOT_USER_CODE = (*_LIBRARIES, os.path.dirname(torch.__file__) + os.sep, _PACKAGE, "<frozen", "<string>")
 _WAITING_IN_CPP = ("torch/nn/parallel/distributed.py", "torch/distributed/utils.py")  # their Python collectives have frames of their own
 
@@ -135,14 +135,16 @@ def place_of(frame: FrameType | None, text: str) -> tuple[int, bytes]:
     """Line of the user's code (0: unknown), and the call and that line's text as the board keeps them."""
     if frame is None:
         return 0, text.encode()
-    asked = frame.f_code, frame.f_lineno, text
-    last: tuple[Any, tuple[int, bytes]] | None = getattr(_last, "place", None)
-    if last is not None and last[0][0] is asked[0] and last[0][1:] == asked[1:]:  # a loop: its line need not be read again
-        return last[1]
-    source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    place = frame.f_lineno, f"{text}\0{source}".encode()
-    _last.place = asked, place
-    return place
+    code, line = frame.f_code, frame.f_lineno
+    known = _places.get((id(code), line, text))
+    if known is not None:
+        return line, known[1]
+    if len(_places) >= _MOST_PLACES:
+        _places.clear()
+    linecache.checkcache(code.co_filename)  # a module that was edited and loaded again has new code
+    place = f"{text}\0{linecache.getline(code.co_filename, line).strip()}".encode()
+    _places[id(code), line, text] = code, place
+    return line, place
 
 
 def mismatch_text(texts: Mapping[int, str], sequence: int, group: KnownGroup) -> str:

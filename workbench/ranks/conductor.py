@@ -52,7 +52,8 @@ from workbench.records import Diagnosis
 
 __all__ = ["Conductor"]
 
-_TICK_S = 0.02
+_TICK_S = 0.05  # between two looks at a cell that runs: each costs the ranks a part of the cores
+_STOP_TICK_S = 0.02  # and at one that ends
 _LOOK_LIMIT_S = 0.3  # how long ranks may take to say where they are before a stop
 _SETTLE_S = 0.25  # how long a deadlock may take to become complete before it is told
 _LONG_WAIT_S = 0.1  # shorter waits are no reason to look for a circle
@@ -234,7 +235,8 @@ class Conductor:
             self._leave()
 
     def _turn(self) -> None:
-        for key, events in self._selector.select(_TICK_S if self.active is not None else 0.5):
+        pause_s = 0.5 if self.active is None else _TICK_S if self.active.stop_reason is None else _STOP_TICK_S
+        for key, events in self._selector.select(pause_s):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake_read, 4096)

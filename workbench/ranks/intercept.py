@@ -105,17 +105,17 @@ def _destroy(made: Future[Any]) -> None:
 
 
 class _Busy:
-    """See `Interceptor._busy`; no generator, since it is entered in every collective."""
+    """While the main thread is inside, a signal is kept for later; no generator, since it is entered in every collective."""
 
     __slots__ = ("_interceptor", "_is_main", "_was_busy")
 
-    def __init__(self, interceptor: Interceptor, is_main: bool) -> None:
+    def __init__(self, interceptor: Interceptor) -> None:
         self._interceptor = interceptor
-        self._is_main = is_main
 
     def __enter__(self) -> None:
         interceptor = self._interceptor
-        self._was_busy, interceptor.is_busy = interceptor.is_busy, interceptor.is_busy or self._is_main
+        self._is_main = is_main = threading.get_ident() == interceptor.main_thread
+        self._was_busy, interceptor.is_busy = interceptor.is_busy, interceptor.is_busy or is_main
 
     def __exit__(self, *_: object) -> None:
         interceptor = self._interceptor
@@ -167,7 +167,7 @@ class Interceptor:
         self._told_later: dict[int, tuple[Any, list[Callable[[], None]]]] = {}  # id of a work -> it, and whom to tell what it received
         self._engines: list[set[sockets.Connection]] = []  # whose calls these are, the innermost last: the connections of each
         self._local = _OfThread()
-        self._main = threading.get_ident()
+        self.main_thread = threading.get_ident()
         self._libraries: list[torch.library.Library] = []
 
     def install(self) -> None:
@@ -291,7 +291,7 @@ class Interceptor:
                 self._engines[-1].update(sockets.connections() - before)
                 return made
             self._gather_to_make(ranks, name)
-            with self._busy():  # a signal waits: all others would have the group, and this rank not
+            with _Busy(self):  # a signal waits: all others would have the group, and this rank not
                 before = sockets.connections()
                 made = self._make_aside(lambda: make(group_size, group_rank, ranks, backend, store, name, *args, **kw))
                 process_group = made[0] if isinstance(made, tuple) else made
@@ -306,7 +306,7 @@ class Interceptor:
 
         @functools.wraps(make)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self._busy():
+            with _Busy(self):
                 return make(*args, **kwargs)
 
         return wrapped
@@ -342,7 +342,7 @@ class Interceptor:
         line, place = place_of(user_frame(1)[0], text)
         call = Call(operation=NEW_GROUP, group=world, key=world.key, peers=world.peers, text=text, line=line, place=place)
         try:
-            with self._busy():
+            with _Busy(self):
                 self._meet(self._post(call, AreaState.ON_BOARD), waits=True)
         except BaseException:
             c10d._world.group_count -= 1  # else this rank would name its next group otherwise than its peers
@@ -364,7 +364,7 @@ class Interceptor:
                     return onward(keyset & _BELOW, *args)
                 return self._only_tape(writer, operation, args, lambda: onward(keyset & _BELOW, *args))
             self.groups.refuse_stale(group, operation.name)
-            return self._watched(name, operation, group, args, lambda: onward(keyset & _BELOW, *args))
+            return self._watched(name, operation, group, args, functools.partial(onward, keyset & _BELOW, *args))
         finally:
             forget_reduce_op()  # one that nobody read must not be taken for that of a later call from C++
 
@@ -380,15 +380,11 @@ class Interceptor:
 
     def _watched(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         try:
-            with self._busy():
+            with _Busy(self):
                 return self._run(name, operation, group, args, onward)
         except BaseException:
             self.has_left_backward |= user_frame(1)[1]
             raise
-
-    def _busy(self) -> _Busy:
-        """While the main thread is inside, a signal is kept for later."""
-        return _Busy(self, threading.get_ident() == self._main)
 
     def _knowing_hooks(self, register: Callable[..., None]) -> Callable[..., None]:
         """DDP waits in C++ for the futures that a communication hook of the user's gives it."""
@@ -414,7 +410,7 @@ class Interceptor:
                 hook.begun(operation.name, call.text, call.line, tensors_in(args[0]), None)()
             return dropped(name, args)
         is_blocking = self._local.is_blocking if operation.is_point_to_point else not operation.is_async(args)
-        is_in_hook = self._local.is_in_hook and not is_blocking
+        is_in_hook = not is_blocking and self._local.is_in_hook
         has_stand_in = is_in_hook or is_waited_in_cpp and name in _REDUCTIONS
         is_waited_in_cpp |= is_in_hook
         is_blocking |= is_waited_in_cpp and not has_stand_in  # C++ waits at once, where nothing can be left: better here
@@ -429,7 +425,7 @@ class Interceptor:
         try:
             out = onward()
             if not meets:  # what is written down now costs little: gloo works meanwhile
-                call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO)
+                call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO, is_awaited=False)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if has_stand_in:
@@ -444,7 +440,6 @@ class Interceptor:
                 self._local.call, self._local.work = call, work
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
                 self._outlast(work, call.text)
-                self._wait_of_torch(work)
                 arrived = arrived if self.is_checked else time.monotonic_ns()  # not told apart from the moving of data then
             if self.hooks:
                 self._tell_hooks(self.hooks, call, args, work, is_blocking=is_blocking)
@@ -480,10 +475,10 @@ class Interceptor:
         """
         where = self.board.cell(self.rank) << 20 | call.line
         call.num_bytes = num_bytes(args)
-        row = (call.key, call.sequence, call.num_bytes, started, arrived, time.monotonic_ns(), where)
+        ended = time.monotonic_ns()
         if call.called is None:
-            return self.board.note(self.rank, (_INDEX[name], *row))
-        call.called.add(calling.Row(*row), self._note_ours)
+            return self.board.note(self.rank, (_INDEX[name], call.key, call.sequence, call.num_bytes, started, arrived, ended, where))
+        call.called.add(calling.Row(call.key, call.sequence, call.num_bytes, started, arrived, ended, where), self._note_ours)
         return -1
 
     def _note_ours(self, name: str, row: calling.Row) -> None:
@@ -500,7 +495,7 @@ class Interceptor:
         whole = bytearray(len(group.ranks) * len(data))
         rows = [memoryview(whole)[at : at + len(data)] for at in range(0, len(whole), len(data))]
         args = (torch.frombuffer(whole, dtype=torch.uint8), torch.frombuffer(data, dtype=torch.uint8), None, False)
-        with self._busy():
+        with _Busy(self):
             call = self._describe(operation, group, args, user_frame(1)[0])
             is_dropped = any([hook.before(operation, args) for hook in self.hooks])
             started = arrived = time.monotonic_ns()
@@ -568,12 +563,13 @@ class Interceptor:
             operation=operation, group=group, key=key, peers=peers, sources=sources, text=text, line=line, place=place, called=called
         )
 
-    def _post(self, call: Call, state: AreaState, data: memoryview | None = None) -> Call:
+    def _post(self, call: Call, state: AreaState, data: memoryview | None = None, *, is_awaited: bool = True) -> Call:
         """Put a call on the board, which gives it its number; an announcement stands there as a whole."""
         compared = call.text.encode()
-        shown = call.shown.encode()
-        sequence = self.board.begin(self.rank, call.key, shown, state, call.place, call.line, compared=compared, data=data)
-        call.sequence = sequence
+        shown = compared if call.called is None else call.shown.encode()
+        call.sequence = self.board.begin(
+            self.rank, call.key, shown, state, call.place, call.line, compared=compared, data=data, is_awaited=is_awaited
+        )
         return call
 
     def _meet(self, call: Call, *, waits: bool) -> None:
@@ -618,16 +614,17 @@ class Interceptor:
 
     def _outlast(self, work: Any, what: str) -> None:
         """Wait for a collective; one that gloo does not end when its connections are shut is left."""
-        self._awake.wait(work.is_completed)
+        if self._awake.is_wanted:
+            self._awake.wait(work.is_completed)
         if not leaving.outlast(work, self._wait_of_torch, should_leave=self._is_deaf):
             self._leave(what)
 
     def _wait_for_message(self, call: Call, wait: Callable[[], T]) -> T:
         """Wait for a large message, which may only be waited for once, in a thread that can be left; stops reach the main thread alone."""
-        if call.num_bytes < _LARGE or threading.get_ident() != self._main:
+        if call.num_bytes < _LARGE or threading.get_ident() != self.main_thread:
             return wait()
         self._helper = self._helper or leaving.Helper("message")
-        with self._busy():  # a signal waits until it is known what was left
+        with _Busy(self):  # a signal waits until it is known what was left
             try:
                 return self._helper.aside(wait, should_leave=self._is_deaf)
             except leaving.Left:
@@ -699,7 +696,7 @@ class Interceptor:
         def wrapped(work: Any, *args: Any, **kwargs: Any) -> bool:
             call = self._in_flight.pop(id(work), None)
             if call is not None:
-                with self._busy():
+                with _Busy(self):
                     is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
             elif self._local.is_blocking and self._local.call is not None:
                 is_done = self._wait_for_message(self._local.call, lambda: wait(work, *args, **kwargs))
@@ -725,7 +722,7 @@ class Interceptor:
         if call is None:
             return onward()
         self._in_flight.pop(id(call.work), None)
-        with self._busy():
+        with _Busy(self):
             return self._wait(call, onward, has_limit=False)
 
     def _wait(self, call: Call, wait: Callable[[], T], *, has_limit: bool) -> T:

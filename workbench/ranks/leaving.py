@@ -86,7 +86,7 @@ def _await(made: Future[T], should_leave: Callable[[], bool]) -> T:
 
 
 def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], bool]) -> bool:
-    """Wait until a collective has ended, well or not; unlike sends and receives it may be waited for more than once.
+    """Wait until a collective has ended; unlike sends and receives it may be waited for more than once.
 
     Args:
         work: of torch.
@@ -94,13 +94,20 @@ def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], 
 
     Returns:
         False where `should_leave`, asked again and again, said so first.
+
+    Raises:
+        RuntimeError: the collective failed.
     """
-    while not work.is_completed():
-        with suppress(RuntimeError):  # the slice is over; or its own error, which the next wait raises again
+    while True:
+        try:
             wait(work, _SLICE)
-        if should_leave() and not work.is_completed():
-            return False
-    return True
+            return True
+        except RuntimeError:
+            if work.is_completed():  # its own error, or it ended just after the slice was over
+                wait(work)
+                return True
+            if should_leave():
+                return False
 
 
 def work_of(future: torch.futures.Future[Any]) -> Any:

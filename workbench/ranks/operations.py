@@ -5,6 +5,7 @@ Source: the operator schemas registered by torch 2.13 (`torch.ops.c10d.*.default
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,9 +29,7 @@ __all__ = [
     "with_peer",
 ]
 
-_last = (
-    threading.local()
-)  # the options that this thread built last: the operator itself carries its reduce op in a form that cannot be read
+_last = threading.local()  # the reduce op that this thread asked for last: the operator itself carries it in a form that cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +66,10 @@ def with_peer(operation: Operation, args: tuple[Any, ...]) -> str:
 
 def num_bytes(args: tuple[Any, ...]) -> int:
     """Bytes of the first tensors of a call: what this rank gives or gets."""
-    return sum([t.nbytes for t in tensors_in(args[0])])
+    value = args[0]
+    if type(value) is list and len(value) == 1 and type(value[0]) is torch.Tensor:
+        return int(value[0].nbytes)
+    return sum([t.nbytes for t in tensors_in(value)])
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
@@ -76,8 +78,6 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
         return [value]
     if not isinstance(value, (list, tuple)):
         return []
-    if len(value) == 1:  # as in most calls, of which each microsecond counts
-        return tensors_in(value[0])
     return [tensor for item in value for tensor in tensors_in(item)]
 
 
@@ -91,7 +91,14 @@ def inputs_of(operation: Operation, args: tuple[Any, ...]) -> list[torch.Tensor]
 
 
 def _shapes(value: Any) -> str:
-    return " ".join([f"{_DTYPE_NAMES[t.dtype]}{list(t.shape)}" for t in tensors_in(value)])
+    if type(value) is list and len(value) == 1 and type(value[0]) is torch.Tensor:  # as in most calls, of which each microsecond counts
+        return _shape(value[0].dtype, value[0].shape)
+    return " ".join([_shape(t.dtype, t.shape) for t in tensors_in(value)])
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape(dtype: torch.dtype, shape: torch.Size) -> str:
+    return f"{_DTYPE_NAMES[dtype]}{list(shape)}"
 
 
 def _dtypes(value: Any) -> str:
@@ -106,33 +113,47 @@ class _DtypeNames(dict[torch.dtype, str]):
 
 _DTYPE_NAMES = _DtypeNames()
 _REDUCE_NAMES = {op: name.lower() for name, op in c10d.ReduceOp.RedOpType.__members__.items()}
+_NAMES_BY_ID = {id(op): name for op, name in ((getattr(c10d.ReduceOp, name), name.lower()) for name in c10d.ReduceOp.RedOpType.__members__)}
 
 
 def remember_reduce_ops() -> None:
     """Have torch's Python functions leave their reduce op where `_reduce_op` finds it."""
     for name in ("AllreduceOptions", "AllreduceCoalescedOptions", "ReduceOptions", "ReduceScatterOptions"):
-        setattr(c10d, name, _remembering(getattr(c10d, name)))
+        setattr(c10d, name, _remembering(getattr(torch._C._distributed_c10d, name)))
 
 
-def _remembering(make: Callable[[], Any]) -> Callable[[], Any]:
-    def options() -> Any:
-        _last.options = make()
-        return _last.options
+def _remembering(options: Any) -> Callable[[], Any]:
+    read, write = options.reduceOp.fget, options.reduceOp.fset
 
-    return options
+    class Remembering(options):  # type: ignore[misc]
+        __slots__ = ()
+
+        @property
+        def reduceOp(self) -> Any:  # noqa: N802
+            return read(self)
+
+        @reduceOp.setter
+        def reduceOp(self, op: Any) -> None:  # noqa: N802
+            write(self, op)
+            _last.reduce_op = op
+
+    def make() -> Any:
+        _last.reduce_op = c10d.ReduceOp.SUM
+        return Remembering()
+
+    return make
 
 
 def _reduce_op() -> str:
     """ "sum", "max", ...; "?" for a call from C++ (DDP), which is always compared as such."""
-    options = getattr(_last, "options", None)
-    if options is None:
-        return "?"
-    return _REDUCE_NAMES.get(options.reduceOp.op, "?")
+    op = getattr(_last, "reduce_op", None)
+    name = _NAMES_BY_ID.get(id(op))  # asked for in each reduction: torch's own hash of it costs a microsecond
+    return name or ("?" if op is None else _REDUCE_NAMES.get(getattr(op, "op", op), "?"))
 
 
 def forget_reduce_op() -> None:
     """The call that this thread's last options were built for is over, or never came."""
-    _last.options = None
+    _last.reduce_op = None
 
 
 def _all_reduce(args: tuple[Any, ...]) -> str:
