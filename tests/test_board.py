@@ -109,6 +109,13 @@ def test_a_message_from_any_is_waited_for_until_one_is_not_taken(board):
         board.wait_any(0, channels, lambda: True)
 
 
+def test_a_call_that_nobody_should_await_is_seen_a_moment_later_by_one_that_does(board):
+    threading.Timer(0.1, board.begin, (1, KEY, b"it", AreaState.IN_GLOO, b"it", 1), {"is_awaited": False}).start()
+    started = time.monotonic()
+    board.wait(0, KEY, 1, (1,), never)
+    assert 0.05 < time.monotonic() - started < 1
+
+
 def test_what_the_driver_reads_is_what_was_posted(board):
     board.enter_cell(1, 9)
     before = time.monotonic()

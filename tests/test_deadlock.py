@@ -102,6 +102,7 @@ MISMATCHES = {
     "dist.all_reduce(torch.ones(3 + (rank == 2)))": "all_reduce(float32[4], op=sum)",
     "dist.all_reduce(torch.ones(3, dtype=torch.float64 if rank == 2 else torch.float32))": "all_reduce(float64[3], op=sum)",
     "dist.all_reduce(torch.ones(3), op=dist.ReduceOp.MAX if rank == 2 else dist.ReduceOp.SUM)": "all_reduce(float32[3], op=max)",
+    "dist.all_reduce(torch.ones(3), op=dist.ReduceOp((dist.ReduceOp.SUM, dist.ReduceOp.MAX)[rank == 2]))": "all_reduce(float32[3], op=max)",
     "dist.reduce(torch.ones(3), dst=int(rank == 2))": "reduce(float32[3], op=sum, root=1)",
     "dist.new_group([0, 1 + (rank == 2)])": "new_group(ranks=[0, 2])",
 }
