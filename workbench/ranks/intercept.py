@@ -415,17 +415,18 @@ class Interceptor:
         is_waited_in_cpp |= is_in_hook
         is_blocking |= is_waited_in_cpp and not has_stand_in  # C++ waits at once, where nothing can be left: better here
         is_later = not is_blocking and not is_waited_in_cpp
+        state = AreaState.NOWHERE if is_later else AreaState.IN_GLOO  # nobody waits in a call that has only begun
         started = time.monotonic_ns()
         meets = self.is_checked or is_waited_in_cpp  # C++ waits for those of DDP, where nobody sees it
         if meets:
-            call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO if is_later else AreaState.ON_BOARD)
+            call = self._post(self._describe(operation, group, args, frame), AreaState.NOWHERE if is_later else AreaState.ON_BOARD)
             self._meet(call, waits=not is_later)
-            self.board.move(self.rank, AreaState.IN_GLOO)
+            self.board.move(self.rank, state)
             arrived = time.monotonic_ns()
         try:
             out = onward()
             if not meets:  # what is written down now costs little: gloo works meanwhile
-                call = self._post(self._describe(operation, group, args, frame), AreaState.IN_GLOO, is_awaited=False)
+                call = self._post(self._describe(operation, group, args, frame), state, is_awaited=False)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if has_stand_in:
