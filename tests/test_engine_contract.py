@@ -367,7 +367,10 @@ def test_an_interrupt_while_the_batch_changes_waits_for_the_end_of_the_step(
 def test_an_interrupt_of_all_but_a_generate_waits_for_its_end(engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = engines["vllm"]
     before, version = engine.generate(PROMPTS, GREEDY).texts, engine.weight_version + 1
-    update = lambda: engine.update_weights(weights(engine).items(), version=version)  # noqa: E731
+
+    def update() -> None:
+        engine.update_weights(weights(engine).items(), version=version)
+
     for verb, call in (("_sleep", engine.sleep), ("_wake_up", engine.wake_up), ("_load", update)):
         whole = getattr(engine, verb)
 

@@ -274,8 +274,7 @@ class Board:
             Stopped: `is_stopped()` became true while a peer was missing. When all have arrived the collective goes on, so that peers
                 who already entered gloo are not left alone there.
         """
-        if self._awake.is_wanted:
-            self._awake.wait(lambda: self.has_arrived(key, sequence, peers))
+        self._awake.wait(lambda: self.has_arrived(key, sequence, peers))
         pause_s = 0.001
         for peer in peers:
             while True:

@@ -615,8 +615,7 @@ class Interceptor:
 
     def _outlast(self, work: Any, what: str) -> None:
         """Wait for a collective; one that gloo does not end when its connections are shut is left."""
-        if self._awake.is_wanted:
-            self._awake.wait(work.is_completed)
+        self._awake.wait(work.is_completed)
         if not leaving.outlast(work, self._wait_of_torch, should_leave=self._is_deaf):
             self._leave(what)
 

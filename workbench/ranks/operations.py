@@ -123,17 +123,18 @@ def remember_reduce_ops() -> None:
 
 
 def _remembering(options: Any) -> Callable[[], Any]:
+    """A maker of torch's options that remember the reduce op as torch sets it."""
     read, write = options.reduceOp.fget, options.reduceOp.fset
 
-    class Remembering(options):  # type: ignore[misc]
+    class Remembering(options):  # type: ignore[misc]  # one of four classes of torch
         __slots__ = ()
 
         @property
-        def reduceOp(self) -> Any:  # noqa: N802
+        def reduceOp(self) -> Any:
             return read(self)
 
         @reduceOp.setter
-        def reduceOp(self, op: Any) -> None:  # noqa: N802
+        def reduceOp(self, op: Any) -> None:
             write(self, op)
             _last.reduce_op = op
 
