@@ -1,17 +1,18 @@
 """What watching and checking collectives costs: an all_reduce with the check on, off (board and ledger alone), and in plain torch.
 
-Seconds of a call, beside plain torch in processes of its own; and processor time of a rank, beside the same ranks let through unwatched.
-With more ranks than cores a call takes as long as all ranks of a core together; where every rank has a core it waits awake, which costs
-processor time and saves more.
+Seconds of a call, and processor time of the thread that makes it, beside plain torch in processes of its own. With more ranks than cores
+a call takes as long as all ranks of a core together; where every rank has a core it waits awake, which costs processor time and saves more.
+Without the check a call is quicker from its second time on (`workbench.ranks.shortcut`); one that is made anew each time is timed too.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, cast
+from typing import TypeAlias
 
 from benchmarks.line import Line, Reach
 from benchmarks.peers import run_peer, torchrun
@@ -29,20 +30,22 @@ class Timing:
     """Seconds of one all_reduce on rank 0, a number a batch of calls.
 
     Attributes:
-        watched_cpu_s, unwatched_cpu_s: processor time of the thread that calls, on all ranks, without the check.
+        anew_s: without the check, each as if it were the first of its kind.
+        without_check_cpu_s, plain_cpu_s: processor time of the thread that makes it.
     """
 
     num_ranks: int
     num_bytes: int
     with_check_s: tuple[float, ...]
     without_check_s: tuple[float, ...]
+    anew_s: tuple[float, ...]
     plain_s: tuple[float, ...]
-    watched_cpu_s: tuple[float, ...]
-    unwatched_cpu_s: tuple[float, ...]
+    without_check_cpu_s: tuple[float, ...]
+    plain_cpu_s: tuple[float, ...]
 
     def lines(self) -> list[Line]:
         """Medians beside plain torch, and their difference."""
-        on, off, plain = (1e6 * median(s) for s in (self.with_check_s, self.without_check_s, self.plain_s))
+        on, off, anew, plain = (1e6 * median(s) for s in (self.with_check_s, self.without_check_s, self.anew_s, self.plain_s))
         is_small = self.num_bytes < LARGE_BYTES
         checked = Reach(limit=_MOST_SHARE_CHECKED) if is_small else None
         watched = None if is_small else Reach(limit=_MOST_SHARE_LARGE)
@@ -54,7 +57,8 @@ class Timing:
         if is_small:
             reach = Reach(limit=_MOST_ADDED_US, is_ours=True)
             lines.append(Line(what=f"{what}: added by the ledger", unit="us", ours=max(off - plain, 0.0), reach=reach))
-        of_rank = 1e6 * (median(self.watched_cpu_s) - median(self.unwatched_cpu_s))
+        lines.append(Line(what=f"{what}, check off: made anew", unit="us", ours=anew, theirs=plain, peer="plain torch"))
+        of_rank = 1e6 * (median(self.without_check_cpu_s) - median(self.plain_cpu_s))
         lines.append(Line(what=f"{what}: processor time added to a rank", unit="us", ours=of_rank))
         return lines
 
@@ -67,11 +71,11 @@ class CollectivesResult:
         return [line for timing in self.timings for line in timing.lines()]
 
 
-def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int) -> list[float]:
-    """Seconds of one all_reduce over the default group, a number a batch; runs in a rank, with one thread.
+def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int, is_anew: bool = False) -> tuple[list[float], list[float]]:
+    """Seconds, and seconds of processor time, of one all_reduce over the default group, a number a batch; runs in a rank, with one thread.
 
     Small ones are made in 3 times as many batches of `num_calls`, since what they take changes with how deeply the cores sleep between
-    them; large ones in batches of a fifth.
+    them; large ones in batches of a fifth. With `is_anew` each is described and placed again, as one that differs from those before.
     """
     import torch
     import torch.distributed as dist
@@ -79,97 +83,70 @@ def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int) -> lis
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     tensor = torch.ones(num_bytes // 4)
-    found = []
+    found, processor = [], []
     num_batches, num_calls = (3 * num_batches, num_calls) if num_bytes < LARGE_BYTES else (num_batches, max(1, num_calls // 5))
     for _ in range(1 + num_batches):
         dist.barrier()
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.thread_time()
         for _ in range(num_calls):
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor=tensor) if is_anew else dist.all_reduce(tensor)  # by its name a tensor takes no shortcut
             tensor.fill_(1.0)
+        processor.append((time.thread_time() - start_cpu_s) / num_calls)
         found.append((time.perf_counter() - start_s) / num_calls)
     torch.set_num_threads(num_threads)
-    return found[1:]  # the first warms up
-
-
-def processor_seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int) -> tuple[list[float], list[float]]:
-    """Processor time of this thread for one all_reduce, a number a batch: watched, and let through by the same interceptor, in turns."""
-    import torch
-    import torch.distributed as dist
-
-    from workbench.ranks.called import carrier
-
-    groups = cast(Any, carrier()).groups  # in a rank the carrier is the interceptor
-    find, num_threads = groups.find, torch.get_num_threads()
-    torch.set_num_threads(1)
-    tensor = torch.ones(num_bytes // 4)
-    ways: tuple[tuple[list[float], Any], ...] = (([], find), ([], lambda process_group: None))
-    num_calls = num_calls if num_bytes < LARGE_BYTES else max(1, num_calls // 5)
-    try:
-        for _ in range(num_batches):
-            for found, groups.find in ways:
-                dist.barrier()
-                dist.all_reduce(tensor)
-                start_s = time.thread_time()
-                for _ in range(num_calls):
-                    dist.all_reduce(tensor)
-                    tensor.fill_(1.0)
-                found.append((time.thread_time() - start_s) / num_calls)
-    finally:
-        groups.find = find
-        torch.set_num_threads(num_threads)
-    return ways[0][0], ways[1][0]
+    return found[1:], processor[1:]  # the first warms up
 
 
 def measure(
     *, world_sizes: Sequence[int] = (2, 4, 8), sizes: Sequence[int] = (SMALL_BYTES, LARGE_BYTES), num_calls: int = 100, repeats: int = 9
 ) -> CollectivesResult:
-    """Time all three ways in turns, each time in fresh processes: how those fall on the cores differs more than the calls of one run."""
+    """Time all four ways in turns, each time in fresh processes: how those fall on the cores differs more than the calls of one run."""
     timings = []
     for num_ranks in world_sizes:
-        rounds = [(_ours(num_ranks, sizes, num_calls, True), _ours(num_ranks, sizes, num_calls, False), _plain(num_ranks, sizes, num_calls))
-                  for _ in range(repeats)]  # fmt: skip
-        processor = _processor(num_ranks, sizes, num_calls, repeats)
+        rounds = [
+            (
+                _ours(num_ranks, sizes, num_calls, is_checked=True),
+                _ours(num_ranks, sizes, num_calls, is_checked=False),
+                _ours(num_ranks, sizes, num_calls, is_checked=False, is_anew=True),
+                _plain(num_ranks, sizes, num_calls),
+            )
+            for _ in range(repeats)
+        ]
         for size in sizes:
-            on, off, plain = (tuple(s for way in ways for s in way[size]) for ways in zip(*rounds, strict=True))
-            watched, unwatched = processor[size]
+            found = [_all_of([way[size] for way in ways]) for ways in zip(*rounds, strict=True)]
+            (on, _), (off, off_cpu), (anew, _), (plain, plain_cpu) = found
             timings.append(
                 Timing(
                     num_ranks=num_ranks,
                     num_bytes=size,
                     with_check_s=on,
                     without_check_s=off,
+                    anew_s=anew,
                     plain_s=plain,
-                    watched_cpu_s=watched,
-                    unwatched_cpu_s=unwatched,
+                    without_check_cpu_s=off_cpu,
+                    plain_cpu_s=plain_cpu,
                 )
             )
     return CollectivesResult(timings=tuple(timings))
 
 
 _NUM_BATCHES = 5
+_Timed: TypeAlias = tuple[Sequence[float], Sequence[float]]  # seconds, and those of the processor
 
 
-def _ours(num_ranks: int, sizes: Sequence[int], num_calls: int, is_checked: bool) -> dict[int, list[float]]:
+def _all_of(runs: Sequence[_Timed]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    return tuple(s for seconds, _ in runs for s in seconds), tuple(s for _, processor in runs for s in processor)
+
+
+def _ours(num_ranks: int, sizes: Sequence[int], num_calls: int, *, is_checked: bool, is_anew: bool = False) -> dict[int, _Timed]:
     import workbench as wb
 
+    timed = functools.partial(seconds_per_call, num_calls=num_calls, num_batches=_NUM_BATCHES, is_anew=is_anew)
     with wb.launch(num_ranks, check_collectives=is_checked) as cluster:
-        return {size: cluster.run(seconds_per_call, size, num_calls=num_calls, num_batches=_NUM_BATCHES)[0] for size in sizes}
+        return {size: cluster.run(timed, size)[0] for size in sizes}
 
 
-def _processor(num_ranks: int, sizes: Sequence[int], num_calls: int, repeats: int) -> dict[int, list[tuple[float, ...]]]:
-    """Of each size, numbers of all ranks: watched, unwatched."""
-    import workbench as wb
-
-    found = {}
-    with wb.launch(num_ranks, check_collectives=False) as cluster:
-        for size in sizes:
-            ranks = cluster.run(processor_seconds_per_call, size, num_calls=num_calls, num_batches=_NUM_BATCHES * repeats)
-            found[size] = [tuple(s for rank in ranks for s in rank[way]) for way in (0, 1)]
-    return found
-
-
-def _plain(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[int, list[float]]:
+def _plain(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[int, _Timed]:
     numbers = [str(n) for n in (num_calls, _NUM_BATCHES, *sizes)]
     answer = run_peer(torchrun(num_ranks, "benchmarks.peers.torchrun_ranks", *numbers))
     return {size: answer.values["seconds"][str(size)] for size in sizes}

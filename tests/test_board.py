@@ -10,7 +10,7 @@ import time
 import pytest
 
 from workbench.errors import GroupError
-from workbench.ranks.board import AreaState, Board, Stopped
+from workbench.ranks.board import AreaState, Board, Post, Stopped
 from workbench.ranks.diagnosis import Scene, diagnose
 from workbench.ranks.messages import GroupFormed, Seen
 
@@ -21,8 +21,8 @@ def never() -> bool:
     return False
 
 
-def arrive(board: Board, rank: int, text: bytes = b"barrier()", *, key: int = KEY, line: int = 3) -> int:
-    return board.begin(rank, key, text, AreaState.ON_BOARD, text + b"\0dist.barrier()", line)
+def arrive(board: Board, rank: int, text: str = "barrier()", *, key: int = KEY, line: int = 3) -> int:
+    return board.begin(rank, key, Post.of(text, f"{text}\0dist.barrier()".encode(), line), AreaState.ON_BOARD)
 
 
 @pytest.fixture
@@ -80,37 +80,37 @@ def test_whoever_has_arrived_is_not_stopped_any_more(board):
 
 
 def test_texts_are_compared_and_shown(board):
-    arrive(board, 0, b"all_reduce(float32[3])")
-    arrive(board, 1, b"all_reduce(float32[4])")
-    assert not board.is_same(KEY, 1, b"all_reduce(float32[3])", (1,)) and board.is_same(KEY, 1, b"all_reduce(float32[4])", (1,))
-    assert board.is_same(KEY, 1, b"anything", (2,))  # has posted nothing
+    arrive(board, 0, "all_reduce(float32[3])")
+    arrive(board, 1, "all_reduce(float32[4])")
+    assert not board.is_same(KEY, 1, "all_reduce(float32[3])", (1,)) and board.is_same(KEY, 1, "all_reduce(float32[4])", (1,))
+    assert board.is_same(KEY, 1, "anything", (2,))  # has posted nothing
     assert board.texts(KEY, 1, (0, 1, 2)) == {0: "all_reduce(float32[3])", 1: "all_reduce(float32[4])"}
     board.take_back(1, KEY)
-    assert board.is_same(KEY, 1, b"all_reduce(float32[3])", (1,)) and board.texts(KEY, 1, (1,)) == {}
+    assert board.is_same(KEY, 1, "all_reduce(float32[3])", (1,)) and board.texts(KEY, 1, (1,)) == {}
 
 
 def test_long_texts_are_compared_as_far_as_they_are_kept(board):
-    arrive(board, 0, b"x" * 500)
-    assert board.is_same(KEY, 1, b"x" * 500, (0,)) and not board.is_same(KEY, 1, b"x" * 100, (0,))
+    arrive(board, 0, "x" * 500)
+    assert board.is_same(KEY, 1, "x" * 500, (0,)) and not board.is_same(KEY, 1, "x" * 100, (0,))
     assert board.texts(KEY, 1, (0,)) == {0: "x" * 159}
 
 
 def test_a_message_from_any_is_waited_for_until_one_is_not_taken(board):
     channels = [(1, 11), (2, 12)]
-    arrive(board, 1, b"send", key=11)
+    arrive(board, 1, "send", key=11)
     board.wait_any(0, channels, never)
-    arrive(board, 0, b"recv", key=11)  # taken
-    threading.Timer(0.1, arrive, (board, 2, b"send"), {"key": 12}).start()
+    arrive(board, 0, "recv", key=11)  # taken
+    threading.Timer(0.1, arrive, (board, 2, "send"), {"key": 12}).start()
     started = time.monotonic()
     board.wait_any(0, channels, never)
     assert 0.05 < time.monotonic() - started < 1
-    arrive(board, 0, b"recv", key=12)
+    arrive(board, 0, "recv", key=12)
     with pytest.raises(Stopped):
         board.wait_any(0, channels, lambda: True)
 
 
 def test_a_call_that_nobody_should_await_is_seen_a_moment_later_by_one_that_does(board):
-    threading.Timer(0.1, board.begin, (1, KEY, b"it", AreaState.IN_GLOO, b"it", 1), {"is_awaited": False}).start()
+    threading.Timer(0.1, board.begin, (1, KEY, Post.of("it", b"it", 1), AreaState.IN_GLOO), {"is_awaited": False}).start()
     started = time.monotonic()
     board.wait(0, KEY, 1, (1,), never)
     assert 0.05 < time.monotonic() - started < 1
@@ -119,7 +119,7 @@ def test_a_call_that_nobody_should_await_is_seen_a_moment_later_by_one_that_does
 def test_what_the_driver_reads_is_what_was_posted(board):
     board.enter_cell(1, 9)
     before = time.monotonic()
-    arrive(board, 1, "reduce(é)".encode(), line=12)
+    arrive(board, 1, "reduce(é)", line=12)
     posted = board.read(1)
     assert (posted.rank, posted.state, posted.cell, posted.key, posted.sequence) == (1, AreaState.ON_BOARD, 9, KEY, 1)
     assert (posted.place.text, posted.place.line, posted.place.source) == ("reduce(é)", 12, "dist.barrier()")
@@ -152,7 +152,7 @@ def test_a_group_that_was_forgotten_makes_room_and_until_then_counts_on(board):
 
 
 def announce(board, rank, data, *, key=KEY):
-    return board.begin(rank, key, b"it", AreaState.ON_BOARD, b"it", 1, compared=b"same", data=memoryview(data))
+    return board.begin(rank, key, Post.of("it", b"it", 1, compared="same"), AreaState.ON_BOARD, data=memoryview(data))
 
 
 def test_data_stand_beside_a_text_until_the_announcement_after_the_next(board):
@@ -172,9 +172,9 @@ def test_data_stand_beside_a_text_until_the_announcement_after_the_next(board):
 
 
 def test_what_is_compared_may_differ_from_what_is_shown(board):
-    board.begin(0, KEY, b"Group.all_reduce(float32 [3])", AreaState.ON_BOARD, b"it", 1, compared=b"announcement")
-    board.begin(1, KEY, b"Group.barrier()", AreaState.ON_BOARD, b"it", 1, compared=b"announcement")
-    assert board.is_same(KEY, 1, b"announcement", (0, 1)) and not board.is_same(KEY, 1, b"barrier()", (0,))
+    board.begin(0, KEY, Post.of("Group.all_reduce(float32 [3])", b"it", 1, compared="announcement"), AreaState.ON_BOARD)
+    board.begin(1, KEY, Post.of("Group.barrier()", b"it", 1, compared="announcement"), AreaState.ON_BOARD)
+    assert board.is_same(KEY, 1, "announcement", (0, 1)) and not board.is_same(KEY, 1, "barrier()", (0,))
     assert board.texts(KEY, 1, (0, 1)) == {0: "Group.all_reduce(float32 [3])", 1: "Group.barrier()"}
 
 
@@ -264,21 +264,21 @@ def test_the_dead_and_those_outside_the_cell_are_told(board):
 
 def test_ranks_that_wait_elsewhere_are_told_where(board):
     arrive(board, 0)
-    arrive(board, 1, b"send(x)", key=5, line=8)
+    arrive(board, 1, "send(x)", key=5, line=8)
     found = scene(board, members=(0, 1), ranks=(0, 1))
     assert found.missing[1].cause == "has not come"  # channel 5 is not known to the driver yet
     assert not found.is_certain_deadlock
 
 
 def test_a_receive_from_any_has_hope_while_one_rank_lives(board):
-    arrive(board, 0, b"recv_any(x)")
+    arrive(board, 0, "recv_any(x)")
     assert not scene(board, finished=[1]).is_certain_deadlock
     assert scene(board, finished=[1, 2]).is_certain_deadlock
 
 
 def test_a_message_on_its_way_is_hope_though_its_sender_is_gone(board):
-    arrive(board, 0, b"recv_any(x)")
-    board.begin(1, 5, b"send(x)", AreaState.NOWHERE, b"send(x)", 2)
+    arrive(board, 0, "recv_any(x)")
+    board.begin(1, 5, Post.of("send(x)", b"send(x)", 2), AreaState.NOWHERE)
     for rank in range(3):
         board.enter_cell(rank, 1)
     groups = {
@@ -287,13 +287,13 @@ def test_a_message_on_its_way_is_hope_though_its_sender_is_gone(board):
     }
     told = Scene(cell=1, members=frozenset(range(3)), finished=frozenset([1, 2]), groups=groups)
     assert not diagnose(board, told).is_certain_deadlock
-    board.begin(0, 5, b"recv", AreaState.ON_BOARD, b"recv_any(x)\0", 3)  # taken
+    board.begin(0, 5, Post.of("recv", b"recv_any(x)\0", 3), AreaState.ON_BOARD)  # taken
     board.show(0, KEY, 1, AreaState.ON_BOARD, b"recv_any(x)\0", 3)
     assert diagnose(board, told).is_certain_deadlock
 
 
 def test_a_sender_inside_gloo_is_given_time_for_its_last_bytes(board):
-    board.begin(0, 5, b"send(x)", AreaState.IN_GLOO, b"send(x)\0s", 2)
+    board.begin(0, 5, Post.of("send(x)", b"send(x)\0s", 2), AreaState.IN_GLOO)
     assert not scene(board, finished=[1], ranks=(0, 1), key=5).is_certain_deadlock
     time.sleep(0.3)
     found = scene(board, finished=[1], ranks=(0, 1), key=5)

@@ -25,16 +25,19 @@ class Awake:
 
     Args:
         num_processes: that wait for each other; where they are more than the cores, who asks would keep another one from its work.
+
+    Attributes:
+        is_wanted: whether there are cores enough.
     """
 
     def __init__(self, num_processes: int) -> None:
-        self._is_wanted = num_processes <= num_usable_cores()
+        self.is_wanted = num_processes <= num_usable_cores()
         self._in_vain = 0
         self._rest = 0
 
     def wait(self, is_over: Callable[[], bool]) -> None:
         """Return when it is over, or after 0.4 ms at the latest, or at once; the caller goes on waiting in its own way."""
-        if not self._is_wanted or self._rest:
+        if not self.is_wanted or self._rest:
             self._rest = max(0, self._rest - 1)
             return
         until_ns = time.monotonic_ns() + _LIMIT_NS

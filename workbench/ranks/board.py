@@ -25,11 +25,12 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from workbench.errors import GroupError
 from workbench.ranks.awake import Awake
 
-__all__ = ["AreaState", "Board", "Place", "Posted", "Stopped"]
+__all__ = ["AreaState", "Board", "Place", "Post", "Posted", "Stopped"]
 
 _WORD = 8
 _NUM_SLOTS = 2048  # groups, and directed channels of messages, of a rank; memory that was never written to costs nothing
@@ -101,6 +102,31 @@ class Posted:
     sequence: int
     since_s: float
     place: Place
+
+
+class Post(NamedTuple):
+    """What a rank posts of a call, as it stands on the board.
+
+    Attributes:
+        text: what it is, its length first.
+        checksum: of what must be equal on all members.
+        place: the call and the text of its line, as `Place` is read from it.
+    """
+
+    text: bytes
+    checksum: int
+    place: bytes
+    line: int
+
+    @classmethod
+    def of(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
+        """`compared` must be equal on all members, where that is not the text itself."""
+        data = text.encode()[: _TEXT - 1]
+        return cls(bytes((len(data),)) + data, _checksum(text if compared is None else compared), place, line)
+
+
+def _checksum(text: str) -> int:
+    return zlib.crc32(text.encode()[: _TEXT - 1])
 
 
 class Board:
@@ -197,23 +223,10 @@ class Board:
         base = rank * _AREA_WORDS
         return 0 < self._words[base + _CELL] <= self._words[base + _STOP]
 
-    def begin(
-        self,
-        rank: int,
-        key: int,
-        text: bytes,
-        state: AreaState,
-        place: bytes,
-        line: int,
-        *,
-        compared: bytes | None = None,
-        data: memoryview | None = None,
-        is_awaited: bool = True,
-    ) -> int:
+    def begin(self, rank: int, key: int, post: Post, state: AreaState, *, data: memoryview | None = None, is_awaited: bool = True) -> int:
         """Post that a rank has reached its next collective of a group.
 
         Args:
-            compared: what must be equal on all members, where that is not the text itself.
             data: at most 2,048 bytes for the peers to read.
             is_awaited: peers may wait on the board for it; where none should, one that does all the same sees it a moment later.
 
@@ -228,17 +241,15 @@ class Board:
         if not slot or w[slot] != key or key in self._forgotten:
             slot = self._claim(rank, key)
         sequence = w[slot + 1] + 1
-        text = text[: _TEXT - 1]
-        ring = sequence % _RING
-        start = (slot + 2 + _RING * 2) * _WORD + ring * _TEXT
-        w[slot + 2 + 2 * ring] = 0  # the number goes first and comes last: who reads it finds the text and checksum that belong to it
-        self._bytes[start] = len(text)
-        self._bytes[start + 1 : start + 1 + len(text)] = text
-        w[slot + 3 + 2 * ring] = zlib.crc32(text if compared is None else compared[: _TEXT - 1])
-        w[slot + 2 + 2 * ring] = sequence
+        ring = slot + 2 + 2 * (sequence % _RING)
+        start = (slot + 2 + _RING * 2) * _WORD + sequence % _RING * _TEXT
+        w[ring] = 0  # the number goes first and comes last: who reads it finds the text and checksum that belong to it
+        self._bytes[start : start + len(post.text)] = post.text
+        w[ring + 1] = post.checksum
+        w[ring] = sequence
         if data is not None:
             self._write(rank, slot, sequence, data)
-        self.show(rank, key, sequence, state, place, line)
+        self.show(rank, key, sequence, state, post.place, post.line)
         w[slot + 1] = sequence
         if is_awaited:
             w[base + _BELL] = (w[base + _BELL] + 1) & 0xFFFFFFFF
@@ -328,10 +339,10 @@ class Board:
         """Whether every peer has begun this collective, and none has taken that back."""
         return all(self.count(peer, key) >= sequence for peer in peers)
 
-    def is_same(self, key: int, sequence: int, text: bytes, peers: Sequence[int]) -> bool:
+    def is_same(self, key: int, sequence: int, text: str, peers: Sequence[int]) -> bool:
         """Whether every peer posted the same text for a collective (as far as it is still on the board)."""
         ring = sequence % _RING
-        checksum = zlib.crc32(text[: _TEXT - 1])
+        checksum = _checksum(text)
         for peer in peers:
             slot = self._find(peer, key)
             if slot is None or self._words[slot + 2 + 2 * ring] != sequence:
@@ -360,6 +371,50 @@ class Board:
         _ROW.pack_into(self._map, at * _WORD, *row)
         self._words[base + _NUM_LEDGER] = total + 1
         return total
+
+    def prepared(
+        self, rank: int, key: int, post: Post, operation: int, num_bytes: int
+    ) -> tuple[Callable[[int], int], Callable[[int, int], None]]:
+        """What `begin`, `move` and `note` do for a call that nobody awaits and that is made again and again, as long as its group lives.
+
+        Every name is bound here: to look one up, where other processes had the core in between, costs as much as what it stands for.
+
+        Args:
+            operation: as the ledger counts them.
+
+        Returns:
+            What begins such a call, given when it was started (ns): its number in its group; and what ends it, given both.
+        """
+        w, everything, memory, now = self._words, self._bytes, self._map, time.monotonic_ns
+        base, slot, in_gloo = rank * _AREA_WORDS, self._claim(rank, key), int(AreaState.IN_GLOO)
+        count, rings, state, cell, total = slot + 1, slot + 2, base + _STATE, base + _CELL, base + _NUM_LEDGER
+        texts, places, shown, rows = (_WORD * at for at in (rings + 2 * _RING, base + _HEAD_WORDS, base + _KEY, base + _FIRST_ROW))
+        text, checksum, place, line = post.text, post.checksum, post.place[:_PLACE_BYTES], post.line
+        text_size, place_size = len(text), len(place)
+        pack_shown, pack_row, row_size = _SHOWN.pack_into, _ROW.pack_into, _ROW.size
+
+        def begin(started: int) -> int:
+            sequence = w[count] + 1
+            start = texts + sequence % _RING * _TEXT
+            ring = rings + 2 * (sequence % _RING)
+            w[ring] = 0  # as in `begin`: first and last
+            everything[start : start + text_size] = text
+            w[ring + 1] = checksum
+            w[ring] = sequence
+            everything[places : places + place_size] = place
+            pack_shown(memory, shown, key, sequence, started, line, place_size, in_gloo)
+            w[count] = sequence
+            return sequence
+
+        def end(sequence: int, started: int) -> None:
+            ended = now()
+            w[state] = 0
+            number = w[total]
+            where = w[cell] << 20 | line
+            pack_row(memory, rows + number % _LEDGER_ROWS * row_size, operation, key, sequence, num_bytes, started, ended, ended, where)
+            w[total] = number + 1
+
+        return begin, end
 
     def amend(self, rank: int, number: int, *, waited_ns: int | None, end_ns: int) -> None:
         """Complete the row of a call once it was waited for, if the ring still holds it; `waited_ns` None leaves its wait as it is."""

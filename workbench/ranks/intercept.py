@@ -30,7 +30,7 @@ from workbench.errors import CollectiveMismatch
 from workbench.ranks import called as calling
 from workbench.ranks import leaving, sockets
 from workbench.ranks.awake import Awake
-from workbench.ranks.board import AreaState, Board, Stopped
+from workbench.ranks.board import AreaState, Board, Post, Stopped
 from workbench.ranks.calls import Call, KnownGroup, mismatch_text, place_of, user_frame
 from workbench.ranks.futures import Futures
 from workbench.ranks.known_groups import KnownGroups
@@ -40,12 +40,12 @@ from workbench.ranks.operations import (
     NEW_GROUP,
     OPERATIONS,
     Operation,
-    forget_reduce_op,
     num_bytes,
     remember_reduce_ops,
     tensors_in,
     with_peer,
 )
+from workbench.ranks.shortcut import Shortcut
 from workbench.ranks.stateless_gloo import is_stateless_gloo
 from workbench.ranks.tape import current_writer
 
@@ -133,6 +133,7 @@ class _OfThread(threading.local):
         call: that message, once it has begun; work: of torch.
         told: whom to tell what it received.
         is_in_hook: a communication hook of DDP: C++ waits for what it begins.
+        last: the collective that has just ended, of those whose caller waited.
     """
 
     is_blocking: bool = False
@@ -140,6 +141,7 @@ class _OfThread(threading.local):
     work: Any = None
     told: Sequence[Callable[[], None]] = ()
     is_in_hook: bool = False
+    last: Call | None = None
 
 
 class Interceptor:
@@ -154,13 +156,14 @@ class Interceptor:
         self.has_left_backward = False  # an exception went through a backward pass: DDP's reducer is in its middle for good
         self.has_left_one = False  # a thread still waits in the making of a group
         self._shut_at_s: float | None = None  # when gloo connections of this generation were shut
-        self._awake = Awake(board.world_size)
+        self.awake = Awake(board.world_size)
         self._helper: leaving.Helper | None = None
         self._left: set[dist.ProcessGroup] = set()  # a thread still waits in one of them: to destroy it would be to wait too
-        self._wait_of_torch = dist.Work.wait
+        self.wait_of_torch = dist.Work.wait
         self._abandoned = -1  # the generation that will never come to be
         self.hooks: list[Hook] = []
-        self.groups = KnownGroups(rank=rank, board=board, announce=announce)
+        self._shortcut = Shortcut(self)
+        self.groups = KnownGroups(rank=rank, board=board, announce=announce, forgotten=self._shortcut.forget)
         self._in_flight: dict[int, Call] = {}  # id of its work -> asynchronous call that nobody has waited for yet
         self._begun: deque[Any] = deque(maxlen=_MOST_IN_FLIGHT)  # works beside those that gloo may still have in hand, the oldest first
         self._unwaited: list[Any] = []  # works of messages that a stop came between, kept as long as their connections
@@ -173,6 +176,8 @@ class Interceptor:
     def install(self) -> None:
         """Take over the operators, the waiting for them and the making of groups."""
         remember_reduce_ops()
+        if not self.is_checked:
+            self._shortcut.install()
         calling.set_carrier(self)
         for name, operation in OPERATIONS.items():
             library = torch.library.Library("c10d", "IMPL")
@@ -253,6 +258,7 @@ class Interceptor:
     def end_generation(self) -> None:
         """Shut what is open, and keep the groups in which gloo does not notice: to destroy one would be to wait for it."""
         self.shut()
+        self._shortcut.forget()
         in_hand = [*self._begun, *(call.work for call in self._in_flight.values() if not call.operation.is_point_to_point)]
         while not all(work.is_completed() for work in in_hand):
             if self._is_deaf():
@@ -269,9 +275,12 @@ class Interceptor:
         self.board.reset(self.rank)
 
     def end_cell(self) -> None:
-        """A signal that waits is of no use any more; nor is what a call would have read that was interrupted before it came here."""
+        """A signal that waits is of no use any more."""
         self.is_interrupt_pending = False
-        forget_reduce_op()
+
+    def busy(self) -> _Busy:
+        """A context in which a signal waits."""
+        return _Busy(self)
 
     @property
     def is_stopped(self) -> bool:
@@ -291,7 +300,7 @@ class Interceptor:
                 self._engines[-1].update(sockets.connections() - before)
                 return made
             self._gather_to_make(ranks, name)
-            with _Busy(self):  # a signal waits: all others would have the group, and this rank not
+            with self.busy():  # a signal waits: all others would have the group, and this rank not
                 before = sockets.connections()
                 made = self._make_aside(lambda: make(group_size, group_rank, ranks, backend, store, name, *args, **kw))
                 process_group = made[0] if isinstance(made, tuple) else made
@@ -306,7 +315,7 @@ class Interceptor:
 
         @functools.wraps(make)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with _Busy(self):
+            with self.busy():
                 return make(*args, **kwargs)
 
         return wrapped
@@ -342,7 +351,7 @@ class Interceptor:
         line, place = place_of(user_frame(1)[0], text)
         call = Call(operation=NEW_GROUP, group=world, key=world.key, peers=world.peers, text=text, line=line, place=place)
         try:
-            with _Busy(self):
+            with self.busy():
                 self._meet(self._post(call, AreaState.ON_BOARD), waits=True)
         except BaseException:
             c10d._world.group_count -= 1  # else this rank would name its next group otherwise than its peers
@@ -353,20 +362,17 @@ class Interceptor:
     # -- collectives --------------------------------------------------------------------------------------------------------------------
 
     def _collective(self, name: str, operation: Operation, onward: Callable[..., Any], keyset: Any, *args: Any) -> Any:
-        try:
-            process_group = dist.ProcessGroup.unbox(args[operation.group_at])
-            group = self.groups.find(process_group)
-            if group is None and self._is_of_engine(operation, args):
-                return self._only_leavable(operation, onward(keyset & _BELOW, *args))
-            if group is None:
-                writer = current_writer()
-                if writer is None or not is_stateless_gloo(process_group):
-                    return onward(keyset & _BELOW, *args)
-                return self._only_tape(writer, operation, args, lambda: onward(keyset & _BELOW, *args))
-            self.groups.refuse_stale(group, operation.name)
-            return self._watched(name, operation, group, args, functools.partial(onward, keyset & _BELOW, *args))
-        finally:
-            forget_reduce_op()  # one that nobody read must not be taken for that of a later call from C++
+        process_group = dist.ProcessGroup.unbox(args[operation.group_at])
+        group = self.groups.find(process_group)
+        if group is None and self._is_of_engine(operation, args):
+            return self._only_leavable(operation, onward(keyset & _BELOW, *args))
+        if group is None:
+            writer = current_writer()
+            if writer is None or not is_stateless_gloo(process_group):
+                return onward(keyset & _BELOW, *args)
+            return self._only_tape(writer, operation, args, lambda: onward(keyset & _BELOW, *args))
+        self.groups.refuse_stale(group, operation.name)
+        return self._watched(name, operation, group, args, functools.partial(onward, keyset & _BELOW, *args))
 
     def _is_of_engine(self, operation: Operation, args: tuple[Any, ...]) -> bool:
         """Whether this is a collective of an engine's on this process's processor, which its caller waits for."""
@@ -375,12 +381,12 @@ class Interceptor:
 
     def _only_leavable(self, operation: Operation, out: Any) -> Any:
         """Wait for a collective that nobody watches where a stop can leave it; gloo may not notice that its connections are shut."""
-        self._outlast(dist.Work.unbox(out[-1] if isinstance(out, tuple) else out), f"{operation.name} of an engine")
+        self.outlast(dist.Work.unbox(out[-1] if isinstance(out, tuple) else out), f"{operation.name} of an engine")
         return out
 
     def _watched(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         try:
-            with _Busy(self):
+            with self.busy():
                 return self._run(name, operation, group, args, onward)
         except BaseException:
             self.has_left_backward |= user_frame(1)[1]
@@ -440,18 +446,19 @@ class Interceptor:
                 call.row = self._note(name, call, args, started, arrived)
                 self._local.call, self._local.work = call, work
             elif is_blocking:  # gloo hangs when a send or recv is waited for twice
-                self._outlast(work, call.text)
+                self.outlast(work, call.text)
                 arrived = arrived if self.is_checked else time.monotonic_ns()  # not told apart from the moving of data then
             if self.hooks:
                 self._tell_hooks(self.hooks, call, args, work, is_blocking=is_blocking)
         except RuntimeError as error:
-            self._tell_freed(operation.name, error)
+            self.tell_freed(operation.name, error)
             raise
         finally:
             if not (is_blocking and operation.is_point_to_point):
                 self.board.move(self.rank, AreaState.NOWHERE)
         if not is_later and not operation.is_point_to_point:
             self._note(name, call, args, started, arrived)
+            self._local.last = call if is_blocking else None
         return out
 
     def _only_tape(self, writer: Hook, operation: Operation, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
@@ -482,6 +489,11 @@ class Interceptor:
         call.called.add(calling.Row(call.key, call.sequence, call.num_bytes, started, arrived, ended, where), self._note_ours)
         return -1
 
+    def take_last(self) -> Call | None:
+        """The collective that this thread has just waited for, told once."""
+        last, self._local.last = self._local.last, None
+        return last
+
     def _note_ours(self, name: str, row: calling.Row) -> None:
         """Put one operation of ours in the ledger."""
         self.board.note(self.rank, (LEDGER_NAMES.index(name), *row))
@@ -496,7 +508,7 @@ class Interceptor:
         whole = bytearray(len(group.ranks) * len(data))
         rows = [memoryview(whole)[at : at + len(data)] for at in range(0, len(whole), len(data))]
         args = (torch.frombuffer(whole, dtype=torch.uint8), torch.frombuffer(data, dtype=torch.uint8), None, False)
-        with _Busy(self):
+        with self.busy():
             call = self._describe(operation, group, args, user_frame(1)[0])
             is_dropped = any([hook.before(operation, args) for hook in self.hooks])
             started = arrived = time.monotonic_ns()
@@ -566,11 +578,9 @@ class Interceptor:
 
     def _post(self, call: Call, state: AreaState, data: memoryview | None = None, *, is_awaited: bool = True) -> Call:
         """Put a call on the board, which gives it its number; an announcement stands there as a whole."""
-        compared = call.text.encode()
-        shown = compared if call.called is None else call.shown.encode()
-        call.sequence = self.board.begin(
-            self.rank, call.key, shown, state, call.place, call.line, compared=compared, data=data, is_awaited=is_awaited
-        )
+        shown = call.text if call.called is None else call.shown
+        post = Post.of(shown, call.place, call.line, compared=call.text)
+        call.sequence = self.board.begin(self.rank, call.key, post, state, data=data, is_awaited=is_awaited)
         return call
 
     def _meet(self, call: Call, *, waits: bool) -> None:
@@ -595,12 +605,12 @@ class Interceptor:
         self.board.wait(self.rank, call.key, call.sequence, call.peers, lambda: self.is_stopped)
 
     def _compare(self, call: Call) -> None:
-        if call.operation.is_point_to_point or self.board.is_same(call.key, call.sequence, call.text.encode(), call.peers):
+        if call.operation.is_point_to_point or self.board.is_same(call.key, call.sequence, call.text, call.peers):
             return
         texts = self.board.texts(call.key, call.sequence, call.group.ranks)
         raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
 
-    def _tell_freed(self, what: str, error: RuntimeError) -> None:
+    def tell_freed(self, what: str, error: RuntimeError) -> None:
         """gloo's error is no failure of this rank's own when connections were shut, here or by a peer that was stopped too."""
         if self.was_shut or self.board.is_stopped(self.rank):
             raise Freed(f"freed from {what}: the cell was stopped") from error
@@ -609,14 +619,14 @@ class Interceptor:
 
     def _wait_in_gloo(self, call: Call, wait: Callable[[], T], *, has_limit: bool) -> T:
         if not call.operation.is_point_to_point and not has_limit:
-            self._outlast(call.work, call.text)
+            self.outlast(call.work, call.text)
             return wait()
         return self._wait_for_message(call, wait)
 
-    def _outlast(self, work: Any, what: str) -> None:
+    def outlast(self, work: Any, what: str) -> None:
         """Wait for a collective; one that gloo does not end when its connections are shut is left."""
-        self._awake.wait(work.is_completed)
-        if not leaving.outlast(work, self._wait_of_torch, should_leave=self._is_deaf):
+        self.awake.wait(work.is_completed)
+        if not leaving.outlast(work, self.wait_of_torch, should_leave=self._is_deaf):
             self._leave(what)
 
     def _wait_for_message(self, call: Call, wait: Callable[[], T]) -> T:
@@ -624,7 +634,7 @@ class Interceptor:
         if call.num_bytes < _LARGE or threading.get_ident() != self.main_thread:
             return wait()
         self._helper = self._helper or leaving.Helper("message")
-        with _Busy(self):  # a signal waits until it is known what was left
+        with self.busy():  # a signal waits until it is known what was left
             try:
                 return self._helper.aside(wait, should_leave=self._is_deaf)
             except leaving.Left:
@@ -676,7 +686,7 @@ class Interceptor:
         """Count a message from any rank on the channel of the rank that it came from, as its sender did."""
         for rank, key in call.sources if call is not None else ():
             if rank == source and call is not None:
-                self.board.begin(self.rank, key, call.text.encode(), AreaState.NOWHERE, call.place, call.line)
+                self.board.begin(self.rank, key, Post.of(call.text, call.place, call.line), AreaState.NOWHERE)
 
     def _keep(self, work: Any) -> None:
         """Know a collective of gloo's until it has ended."""
@@ -696,7 +706,7 @@ class Interceptor:
         def wrapped(work: Any, *args: Any, **kwargs: Any) -> bool:
             call = self._in_flight.pop(id(work), None)
             if call is not None:
-                with _Busy(self):
+                with self.busy():
                     is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
             elif self._local.is_blocking and self._local.call is not None:
                 is_done = self._wait_for_message(self._local.call, lambda: wait(work, *args, **kwargs))
@@ -722,7 +732,7 @@ class Interceptor:
         if call is None:
             return onward()
         self._in_flight.pop(id(call.work), None)
-        with _Busy(self):
+        with self.busy():
             return self._wait(call, onward, has_limit=False)
 
     def _wait(self, call: Call, wait: Callable[[], T], *, has_limit: bool) -> T:
@@ -748,7 +758,7 @@ class Interceptor:
             self._keep(call.work)
             raise Freed(f"freed from {call.text}: the cell was stopped") from None
         except RuntimeError as error:
-            self._tell_freed(call.text, error)
+            self.tell_freed(call.text, error)
             raise
         finally:
             self.board.move(self.rank, AreaState.NOWHERE)

@@ -33,15 +33,17 @@ class KnownGroups:
 
     Args:
         announce: tells the driver what a key on the board stands for.
+        forgotten: called when a group is no more.
 
     Attributes:
         generation: which the ranks are at.
     """
 
-    def __init__(self, *, rank: int, board: Board, announce: Callable[[KnownGroup], None]) -> None:
+    def __init__(self, *, rank: int, board: Board, announce: Callable[[KnownGroup], None], forgotten: Callable[[], None]) -> None:
         self.rank = rank
         self.board = board
         self.announce = announce
+        self.forgotten = forgotten
         self.generation = 0
         self._groups: dict[int, KnownGroup] = {}  # id of torch's object -> group, while anybody holds that object
         self._channels: dict[int, int] = {}  # key of a channel -> key of its group
@@ -80,6 +82,7 @@ class KnownGroups:
     def _forget(self, identity: int, group: KnownGroup) -> None:
         """Nobody holds this group any more: what it counts on the board may make room."""
         self._groups.pop(identity, None)
+        self.forgotten()
         if group.generation == self.generation:
             for key in (group.key, *(key for key, owner in list(self._channels.items()) if owner == group.key)):
                 self._channels.pop(key, None)

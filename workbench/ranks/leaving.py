@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
-__all__ = ["Helper", "Left", "StandIn", "aside", "outlast", "work_of"]
+__all__ = ["SLICE", "Helper", "Left", "StandIn", "aside", "outlast", "work_of"]
 
 T = TypeVar("T")
 
 _LOOK_S = 0.05
-_SLICE = timedelta(seconds=0.1)
+SLICE = timedelta(seconds=0.1)
 
 
 class Left(Exception):
@@ -100,7 +100,7 @@ def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], 
     """
     while True:
         try:
-            wait(work, _SLICE)
+            wait(work, SLICE)
             return True
         except RuntimeError:
             if work.is_completed():  # its own error, or it ended just after the slice was over

@@ -21,7 +21,6 @@ __all__ = [
     "OPERATIONS",
     "ROLLOUT_OPERATIONS",
     "Operation",
-    "forget_reduce_op",
     "inputs_of",
     "num_bytes",
     "remember_reduce_ops",
@@ -29,7 +28,7 @@ __all__ = [
     "with_peer",
 ]
 
-_last = threading.local()  # the reduce op that this thread asked for last: the operator itself carries it in a form that cannot be read
+_last = threading.local()  # the reduce op of this thread's call: the operator itself carries it in a form that cannot be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,49 +111,37 @@ class _DtypeNames(dict[torch.dtype, str]):
 
 
 _DTYPE_NAMES = _DtypeNames()
-_REDUCE_NAMES = {op: name.lower() for name, op in c10d.ReduceOp.RedOpType.__members__.items()}
-_NAMES_BY_ID = {id(op): name for op, name in ((getattr(c10d.ReduceOp, name), name.lower()) for name in c10d.ReduceOp.RedOpType.__members__)}
+_REDUCE_NAMES = {hash(op): name.lower() for name, op in c10d.ReduceOp.RedOpType.__members__.items()}
+_REDUCING = (  # methods of a process group that take a reduce op; some were renamed between releases of torch
+    "allreduce", "allreduce_coalesced", "reduce", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
+    "reduce_scatter_tensor_coalesced", "reduce_scatter_single_coalesced",
+)  # fmt: skip
 
 
 def remember_reduce_ops() -> None:
-    """Have torch's Python functions leave their reduce op where `_reduce_op` finds it."""
-    for name in ("AllreduceOptions", "AllreduceCoalescedOptions", "ReduceOptions", "ReduceScatterOptions"):
-        setattr(c10d, name, _remembering(getattr(torch._C._distributed_c10d, name)))
+    """Have torch's process groups leave the reduce op of a call where `_reduce_op` finds it."""
+    for name in _REDUCING:
+        if hasattr(c10d.ProcessGroup, name):
+            setattr(c10d.ProcessGroup, name, _remembering(getattr(c10d.ProcessGroup, name)))
 
 
-def _remembering(options: Any) -> Callable[[], Any]:
-    """A maker of torch's options that remember the reduce op as torch sets it."""
-    read, write = options.reduceOp.fget, options.reduceOp.fset
+def _remembering(call: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = [getattr(value, "reduceOp", value) for value in (*args[1:], *kwargs.values())]
+        _last.reduce_op = next((op for op in given if isinstance(op, (c10d.ReduceOp, c10d.ReduceOp.RedOpType))), c10d.ReduceOp.SUM)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            _last.reduce_op = None  # a later call from C++ has none of its own
 
-    class Remembering(options):  # type: ignore[misc]  # one of four classes of torch
-        __slots__ = ()
-
-        @property
-        def reduceOp(self) -> Any:
-            return read(self)
-
-        @reduceOp.setter
-        def reduceOp(self, op: Any) -> None:
-            write(self, op)
-            _last.reduce_op = op
-
-    def make() -> Any:
-        _last.reduce_op = c10d.ReduceOp.SUM
-        return Remembering()
-
-    return make
+    return wrapped
 
 
 def _reduce_op() -> str:
     """ "sum", "max", ...; "?" for a call from C++ (DDP), which is always compared as such."""
     op = getattr(_last, "reduce_op", None)
-    name = _NAMES_BY_ID.get(id(op))  # asked for in each reduction: torch's own hash of it costs a microsecond
-    return name or ("?" if op is None else _REDUCE_NAMES.get(getattr(op, "op", op), "?"))
-
-
-def forget_reduce_op() -> None:
-    """The call that this thread's last options were built for is over, or never came."""
-    _last.reduce_op = None
+    return "?" if op is None else _REDUCE_NAMES[hash(op)]
 
 
 def _all_reduce(args: tuple[Any, ...]) -> str:

@@ -36,7 +36,7 @@ from workbench.ranks.digest import digest_of
 from workbench.ranks.forming import use_layout
 from workbench.ranks.intercept import Freed, dropped
 from workbench.ranks.messages import Outcome, Task
-from workbench.ranks.operations import OPERATIONS, Operation, forget_reduce_op, inputs_of, remember_reduce_ops, tensors_in, with_peer
+from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in, with_peer
 from workbench.ranks.shown import text_of
 from workbench.ranks.snapshot import changed_files, restore_names
 from workbench.ranks.steady import steady_pickles
@@ -401,7 +401,6 @@ class _Player:
     def _collective(self, name: str, operation: Operation, keyset: Any, *args: Any) -> Any:
         assert self._now is not None
         text = with_peer(operation, args)
-        forget_reduce_op()  # as in a rank: it must not be taken for that of a later call from C++
         if not self._is_on_tape:
             return dropped(name, args)
         self._num_collectives += 1

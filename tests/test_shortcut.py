@@ -1,0 +1,224 @@
+"""Calls that a loop makes again go straight to gloo where they are not checked; nothing else may change by it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+import workbench as wb
+from workbench.ranks.cluster import Cluster
+
+COUNT = """
+import time
+import torch.distributed.distributed_c10d as c10d
+from workbench.ranks.called import carrier
+watch, long_way = carrier()._watched, []
+def watched(name, *args):
+    long_way.append(name)
+    return watch(name, *args)
+carrier()._watched = watched
+pair = dist.new_group([0, 1])
+"""
+CALLS = {  # call -> what it gives on both ranks, after `x = full(4, 1 + rank)`
+    "dist.all_reduce(x)": [[3.0] * 4] * 2,
+    "dist.all_reduce(x, dist.ReduceOp.MAX, pair)": [[2.0] * 4] * 2,
+    "dist.all_reduce(x, group=pair, op=dist.ReduceOp.PRODUCT)": [[2.0] * 4] * 2,
+    "dist.broadcast(x, 1)": [[2.0] * 4] * 2,
+    "dist.broadcast(x, src=0, group=pair)": [[1.0] * 4] * 2,
+    "dist.reduce(x, 1, dist.ReduceOp.MIN); x *= rank": [[0.0] * 4, [1.0] * 4],
+    "y = torch.zeros(8); dist.all_gather_into_tensor(y, x); x = y": [[1.0] * 4 + [2.0] * 4] * 2,
+    "y = torch.zeros(8); c10d.all_gather_into_tensor(y, x, group=pair); x = y": [[1.0] * 4 + [2.0] * 4] * 2,
+    "y = torch.zeros(2); dist.reduce_scatter_tensor(y, x, dist.ReduceOp.SUM); x = y": [[3.0] * 2] * 2,
+    "dist.barrier()": [[1.0] * 4, [2.0] * 4],
+    "dist.barrier(group=pair)": [[1.0] * 4, [2.0] * 4],
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with wb.launch(2, check_collectives=False) as made:
+        made.execute(COUNT)
+        yield made
+
+
+@pytest.fixture
+def own() -> Iterator[Cluster]:
+    with wb.launch(2, check_collectives=False) as made:
+        made.execute(COUNT)
+        yield made
+
+
+def loop(*body: str, times: int = 4) -> str:
+    lines = [
+        "long_way.clear()",
+        "found = []",
+        f"for i in range({times}):",
+        "    x = torch.full((4,), 1.0 + rank)",
+        *("    " + b for b in body),
+    ]
+    return "\n".join([*lines, "    found.append(x.tolist())"])
+
+
+def num_long_ways(cluster: Cluster) -> list[int]:
+    return [len(one) for one in cluster.pull("long_way")]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_loop_goes_the_long_way_once_and_gives_and_leaves_the_same(cluster, call):
+    handle = cluster.execute(loop(call), block=False)
+    handle.result(timeout_s=30)
+    assert [set(map(tuple, found)) for found in cluster.pull("found")] == [{tuple(one)} for one in CALLS[call]]
+    assert num_long_ways(cluster) == [1, 1]
+    frame = cluster.ledger()
+    for _, rows in frame[frame.cell == handle.number].groupby("rank"):
+        assert len(rows) == 4 and len(set(zip(rows.op, rows.group, rows.num_bytes, rows.line, strict=True))) == 1
+        assert rows.sequence.diff().dropna().eq(1).all() and (rows.wait_s <= rows.duration_s).all() and (rows.duration_s > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("body", "given", "num_long"),
+    [
+        (["x = x.repeat(1 + i % 2); dist.all_reduce(x)"], [[3.0] * 4, [3.0] * 8], 2),
+        (["x = x.to((torch.float32, torch.int64)[i % 2]); dist.all_reduce(x)"], [[3.0] * 4, [3] * 4], 2),
+        (["dist.all_reduce(x, op=(dist.ReduceOp.SUM, dist.ReduceOp.MAX)[i % 2])"], [[3.0] * 4, [2.0] * 4], 2),
+        (["dist.all_reduce(x, op=dist.ReduceOp((dist.ReduceOp.SUM, dist.ReduceOp.MAX)[i % 2]))"], [[3.0] * 4, [2.0] * 4], 4),
+        (["dist.broadcast(x, i % 2)"], [[1.0] * 4, [2.0] * 4], 2),
+        (["dist.reduce(x, **{('dst', 'group_dst')[i % 2]: 0}); x *= 1 - rank"], None, 2),
+        (["work = dist.all_reduce(x, async_op=i % 2 == 1)", "if i % 2: work.wait()"], [[3.0] * 4] * 2, 3),
+        (["x.requires_grad_(i % 2 == 1); dist.all_reduce(x)"], [[3.0] * 4] * 2, 3),
+        (["x = torch.complex(x, x); dist.all_reduce(x)"], [[3 + 3j] * 4] * 2, 4),
+        (["x = torch.nn.Parameter(x, requires_grad=False); dist.all_reduce(x)"], [[3.0] * 4] * 2, 4),
+        (["dist.all_reduce(tensor=x)"], [[3.0] * 4] * 2, 4),
+        (["(dist.all_reduce, dist.broadcast)[i % 2](x, *[0] * (i % 2))"], [[3.0] * 4, [1.0] * 4], 2),
+        (["y = [torch.zeros(4) for _ in range(2)]; dist.all_gather(y, x); x = torch.cat(y)"], [[1.0] * 4 + [2.0] * 4] * 2, 4),
+    ],
+)
+def test_what_differs_from_the_call_before_is_another_call(cluster, body, given, num_long):
+    cluster.execute(loop(*body), timeout_s=30)
+    for rank, found in enumerate(cluster.pull("found")):
+        assert found == (given or [[3.0 * (1 - rank)] * 4] * 2) * 2
+    assert num_long_ways(cluster) == [num_long] * 2
+
+
+def test_many_places_are_forgotten_and_found_again(cluster):
+    cluster.execute("for n in range(1, 1100):\n    dist.all_reduce(torch.ones(n))\n" + loop("dist.all_reduce(x)"), timeout_s=60)
+    assert num_long_ways(cluster) == [1, 1]
+
+
+def test_those_who_want_to_see_calls_of_torch_see_them(cluster):
+    cluster.execute(
+        "from torch.profiler import profile\nfrom torch.utils._python_dispatch import TorchDispatchMode\n"
+        "from torch.overrides import TorchFunctionMode\n"
+        "class Seen(TorchDispatchMode):\n    def __torch_dispatch__(self, f, types, args=(), kw=None):\n"
+        "        seen.append(str(f)); return f(*args, **(kw or {}))\n"
+        "class Called(TorchFunctionMode):\n    def __torch_function__(self, f, types, args=(), kw=None):\n"
+        "        seen.append(f.__name__); return f(*args, **(kw or {}))\n"
+        "seen = []\ndef step(): dist.all_reduce(torch.ones(3))\n"
+        "step(); step()\nassert not seen\n"
+        "with Seen(): step()\n"
+        "with Called(): step()\n"
+        "with profile() as profiled: step()\n"
+        "events = [event.name for event in profiled.events()]",
+        timeout_s=60,
+    )
+    for seen, events in zip(cluster.pull("seen"), cluster.pull("events"), strict=True):
+        assert "c10d.allreduce_.default" in seen and "all_reduce" in seen and "c10d::allreduce_" in events
+
+
+def test_collected_calls_are_made_together(cluster):
+    cluster.execute(
+        "def step(value): dist.all_reduce(value)\nparts = [torch.full((2,), 1.0 + i) for i in range(3)]\n"
+        "step(torch.zeros(2)); step(torch.zeros(2))\n"
+        "with dist._coalescing_manager(group=None, async_ops=True) as work:\n    for part in parts: step(part)\nwork.wait()"
+    )
+    assert [[part.tolist() for part in parts] for parts in cluster.pull("parts")] == [[[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]]] * 2
+
+
+def test_torch_compile_knows_the_functions_still(cluster):
+    cluster.execute(
+        "def step(value):\n    dist.all_reduce(value)\n    return value + 1\n"
+        "made = torch.compile(step, fullgraph=True, backend='aot_eager')(torch.ones(2)).tolist()",
+        timeout_s=120,
+    )
+    assert cluster.pull("made") == [[3.0, 3.0]] * 2
+
+
+def test_faults_and_tapes_meet_calls_that_were_made_before(own, tmp_path):
+    own.execute("def step():\n    x = torch.ones(2); dist.all_reduce(x); return x.tolist()\nstep(); step()")
+    with own.inject(wb.Fault(rank=1, op="all_reduce", at=2, action="corrupt")):
+        own.execute("spoiled = [step() for _ in range(3)]", timeout_s=30)
+    own.execute("mended = step()")
+    assert own.pull("mended") == [[2.0, 2.0]] * 2
+    first, second, third = own.pull("spoiled")[1]
+    assert first == third == [2.0, 2.0] != second
+    with own.record(tmp_path / "tape"):
+        own.execute("kept = [step() for _ in range(2)]")
+    replayed = wb.replay(tmp_path / "tape", rank=1)
+    assert len(replayed.collectives) == 2 and not replayed.differing_results
+
+
+def test_who_waits_in_a_call_that_was_made_before_is_told_and_freed(own):
+    own.execute(
+        "def step(n):\n    dist.all_reduce(torch.ones(n))  # the step\nkept, old = rank, dist.group.WORLD\nfor _ in range(6): step(5)"
+    )
+    own.execute("num_before = carrier().board.count(rank, carrier().groups.find(dist.group.WORLD).key)")
+    handle = own.execute("step(5)\nif rank == 0:\n    step(5)\nelse: time.sleep(60)", block=False)
+    time.sleep(0.7)
+    found = own.diagnose()
+    own.interrupt()
+    with pytest.raises(wb.RankInterrupted):
+        handle.result(timeout_s=15)
+    (waiter,) = found.waiting.values()
+    assert (waiter.op, waiter.line, waiter.source) == ("all_reduce", 2, "dist.all_reduce(torch.ones(n))  # the step")
+    assert waiter.sequence == own.pull("num_before")[0] + 2 and waiter.for_s > 0.3
+    assert own.pull("kept") == [0, 1] and own.generation == 1
+    own.execute("step(5)\nlong_way.clear()\nfor _ in range(3): step(5)")
+    assert num_long_ways(own) == [0, 0]  # known again after the first
+    with pytest.raises(wb.RankFailed) as caught:
+        own.execute("dist.all_reduce(torch.ones(5), group=old)", timeout_s=10)
+    assert "StaleGroupError" in str(caught.value)
+
+
+def test_calls_that_differ_are_told_though_both_were_made_before(own):
+    own.execute(
+        "def step(n):\n    dist.all_reduce(torch.ones(n))\ndef meet(): dist.barrier()\nfor _ in range(5): step(3); step(100_000); meet()"
+    )
+    handle = own.execute("step(3)\nstep(3) if rank else meet()\ntime.sleep(60)", block=False)
+    time.sleep(0.7)
+    found = own.diagnose()
+    own.interrupt()
+    with pytest.raises(wb.WorkbenchError):
+        handle.result(timeout_s=15)
+    if found.waiting:  # gloo may also take the bytes of one for those of the other
+        assert "another operation" in str(found)
+
+
+def test_an_error_of_gloo_in_a_call_that_was_made_before_is_the_ranks_own(own):
+    with pytest.raises(wb.RankFailed) as caught:
+        own.execute(
+            "def step():\n    dist.all_reduce(torch.ones(4))\nstep(); step()\ncarrier().shut() if rank else None\nstep()", timeout_s=15
+        )
+    assert "RuntimeError" in str(caught.value) or "freed" in str(caught.value)
+    own.execute("step(); step()", timeout_s=15)
+
+
+def test_a_group_that_was_destroyed_is_torchs_to_refuse(own):
+    own.execute(
+        "mine = dist.new_group([0, 1])\nheld = mine\ndef step(group): dist.all_reduce(torch.ones(2), group=group)\nstep(mine); step(mine)"
+    )
+    own.execute("dist.destroy_process_group(mine)\nlong_way.clear()\nstep(mine)")
+    assert num_long_ways(own) == [1, 1]  # torch is asked again; it takes one that somebody still holds
+    with pytest.raises(wb.RankFailed, match="Default process group has not been initialized"):
+        own.execute("kept = dist.group.WORLD\nstep(None)\nstep(None)\ndist.destroy_process_group()\nstep(None)")
+
+
+def test_groups_come_and_go_while_calls_are_known(own):
+    own.execute(
+        "import gc, weakref\nfor i in range(30):\n    g = dist.new_group([0, 1])\n"
+        "    for _ in range(3): dist.all_reduce(torch.ones(2), group=g)\n"
+        "    dist.destroy_process_group(g)\nlast = weakref.ref(g)\ndel g\ngc.collect()\nis_gone = last() is None",
+        timeout_s=60,
+    )
+    assert own.pull("is_gone") == [True, True]
