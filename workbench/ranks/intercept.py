@@ -1,6 +1,7 @@
 """One interception point for every collective of a rank: plain `dist.*`, accelerate, DDP's reducer, functional collectives.
 
     user code -> c10d operator -> here: post on the board, wait for peers, compare -> gloo -> note in the ledger
+    the same call again, where nothing is compared: `shortcut`, past all this
     work.wait(), wait_tensor of an asynchronous call -> here: wait for peers, compare -> gloo   (its future: work.wait first, see `futures`)
     dist.new_group ---------------------------------> here: wait for the whole world -> torch
 
@@ -114,15 +115,13 @@ class _Busy:
 
     def __enter__(self) -> None:
         interceptor = self._interceptor
-        self._is_main = is_main = threading.get_ident() == interceptor.main_thread
-        self._was_busy, interceptor.is_busy = interceptor.is_busy, interceptor.is_busy or is_main
+        self._is_main = threading.get_ident() == interceptor.main_thread
+        if self._is_main:
+            self._was_busy, interceptor.is_busy = interceptor.is_busy, True
 
     def __exit__(self, *_: object) -> None:
-        interceptor = self._interceptor
-        interceptor.is_busy = self._was_busy
-        if self._is_main and interceptor.is_interrupt_pending and not self._was_busy:
-            interceptor.is_interrupt_pending = False
-            raise KeyboardInterrupt
+        if self._is_main:
+            self._interceptor.be_free(self._was_busy)
 
 
 class _OfThread(threading.local):
@@ -281,6 +280,13 @@ class Interceptor:
     def busy(self) -> _Busy:
         """A context in which a signal waits."""
         return _Busy(self)
+
+    def be_free(self, was_busy: bool) -> None:
+        """The main thread leaves a collective, and was in another before or not: a signal that waited is heard."""
+        self.is_busy = was_busy
+        if self.is_interrupt_pending and not was_busy:
+            self.is_interrupt_pending = False
+            raise KeyboardInterrupt
 
     @property
     def is_stopped(self) -> bool:

@@ -219,7 +219,8 @@ class Shortcut:
 
         def way(*tensors: Any) -> None:
             is_main, was_busy = get_thread() == main_thread, it.is_busy
-            it.is_busy = was_busy or is_main  # as in `busy`: a signal waits
+            if is_main:
+                it.is_busy = True  # as in `busy`: a signal waits
             try:
                 started = now()
                 work = make(*tensors, options)
@@ -237,9 +238,7 @@ class Shortcut:
                     it.tell_freed(text, error)
                 raise
             finally:
-                it.is_busy = was_busy
-                if it.is_interrupt_pending and is_main and not was_busy:
-                    it.is_interrupt_pending = False
-                    raise KeyboardInterrupt
+                if is_main:
+                    it.be_free(was_busy)
 
         return way
