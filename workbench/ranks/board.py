@@ -373,21 +373,23 @@ class Board:
         return total
 
     def prepared(
-        self, rank: int, key: int, post: Post, operation: int, num_bytes: int
-    ) -> tuple[Callable[[int], int], Callable[[int, int], None]]:
-        """What `begin`, `move` and `note` do for a call that nobody awaits and that is made again and again, as long as its group lives.
+        self, rank: int, key: int, post: Post, operation: int, num_bytes: int, *, is_awaited: bool
+    ) -> tuple[Callable[[int], int], Callable[[int, int, int | None], None]]:
+        """What `begin`, `move` and `note` do for a call that is made again and again, as long as its group lives.
 
         Every name is bound here: to look one up, where other processes had the core in between, costs as much as what it stands for.
 
         Args:
             operation: as the ledger counts them.
+            is_awaited: peers wait on the board for it, as it does for them; else it is in gloo when it begins here.
 
         Returns:
-            What begins such a call, given when it was started (ns): its number in its group; and what ends it, given both.
+            What begins such a call, given when it was started (ns): its number in its group; and what ends it, given both and when the
+            last peer had arrived, None where that is not told apart from the end.
         """
-        w, everything, memory, now = self._words, self._bytes, self._map, time.monotonic_ns
-        base, slot, in_gloo = rank * _AREA_WORDS, self._claim(rank, key), int(AreaState.IN_GLOO)
-        count, rings, state, cell, total = slot + 1, slot + 2, base + _STATE, base + _CELL, base + _NUM_LEDGER
+        w, everything, memory, now, wake = self._words, self._bytes, self._map, time.monotonic_ns, self._wake_of[rank]
+        base, slot, begun = rank * _AREA_WORDS, self._claim(rank, key), int(AreaState.ON_BOARD if is_awaited else AreaState.IN_GLOO)
+        count, rings, state, cell, bell, total = slot + 1, slot + 2, base + _STATE, base + _CELL, base + _BELL, base + _NUM_LEDGER
         texts, places, shown, rows = (_WORD * at for at in (rings + 2 * _RING, base + _HEAD_WORDS, base + _KEY, base + _FIRST_ROW))
         text, checksum, place, line = post.text, post.checksum, post.place[:_PLACE_BYTES], post.line
         text_size, place_size = len(text), len(place)
@@ -402,16 +404,30 @@ class Board:
             w[ring + 1] = checksum
             w[ring] = sequence
             everything[places : places + place_size] = place
-            pack_shown(memory, shown, key, sequence, started, line, place_size, in_gloo)
+            pack_shown(memory, shown, key, sequence, started, line, place_size, begun)
             w[count] = sequence
+            if is_awaited:
+                w[bell] = (w[bell] + 1) & 0xFFFFFFFF
+                wake()
             return sequence
 
-        def end(sequence: int, started: int) -> None:
+        def end(sequence: int, started: int, arrived: int | None) -> None:
             ended = now()
             w[state] = 0
             number = w[total]
             where = w[cell] << 20 | line
-            pack_row(memory, rows + number % _LEDGER_ROWS * row_size, operation, key, sequence, num_bytes, started, ended, ended, where)
+            pack_row(
+                memory,
+                rows + number % _LEDGER_ROWS * row_size,
+                operation,
+                key,
+                sequence,
+                num_bytes,
+                started,
+                arrived or ended,
+                ended,
+                where,
+            )
             w[total] = number + 1
 
         return begin, end

@@ -1,7 +1,7 @@
 """One interception point for every collective of a rank: plain `dist.*`, accelerate, DDP's reducer, functional collectives.
 
     user code -> c10d operator -> here: post on the board, wait for peers, compare -> gloo -> note in the ledger
-    the same call again, where nothing is compared: `shortcut`, past all this
+    the same call again, from Python: `shortcut`, which passes torch and this file by
     work.wait(), wait_tensor of an asynchronous call -> here: wait for peers, compare -> gloo   (its future: work.wait first, see `futures`)
     dist.new_group ---------------------------------> here: wait for the whole world -> torch
 
@@ -175,8 +175,7 @@ class Interceptor:
     def install(self) -> None:
         """Take over the operators, the waiting for them and the making of groups."""
         remember_reduce_ops()
-        if not self.is_checked:
-            self._shortcut.install()
+        self._shortcut.install()
         calling.set_carrier(self)
         for name, operation in OPERATIONS.items():
             library = torch.library.Library("c10d", "IMPL")
@@ -358,7 +357,7 @@ class Interceptor:
         call = Call(operation=NEW_GROUP, group=world, key=world.key, peers=world.peers, text=text, line=line, place=place)
         try:
             with self.busy():
-                self._meet(self._post(call, AreaState.ON_BOARD), waits=True)
+                self.meet(self._post(call, AreaState.ON_BOARD), waits=True)
         except BaseException:
             c10d._world.group_count -= 1  # else this rank would name its next group otherwise than its peers
             raise
@@ -432,7 +431,7 @@ class Interceptor:
         meets = self.is_checked or is_waited_in_cpp  # C++ waits for those of DDP, where nobody sees it
         if meets:
             call = self._post(self._describe(operation, group, args, frame), AreaState.NOWHERE if is_later else AreaState.ON_BOARD)
-            self._meet(call, waits=not is_later)
+            self.meet(call, waits=not is_later)
             self.board.move(self.rank, state)
             arrived = time.monotonic_ns()
         try:
@@ -521,7 +520,7 @@ class Interceptor:
             try:
                 if not is_dropped:
                     call = self._post(call, AreaState.ON_BOARD, memoryview(data))
-                    self._meet(call, waits=True)
+                    self.meet(call, waits=True)
                     arrived = time.monotonic_ns()
                     self._read_announced(call, rows)
                 self._tell_hooks(self.hooks, call, args, None, is_blocking=True)
@@ -589,7 +588,7 @@ class Interceptor:
         call.sequence = self.board.begin(self.rank, call.key, post, state, data=data, is_awaited=is_awaited)
         return call
 
-    def _meet(self, call: Call, *, waits: bool) -> None:
+    def meet(self, call: Call, *, waits: bool) -> None:
         """Wait for the peers, then compare what each is about to do; a call that does not come to be is taken back."""
         try:
             while True:

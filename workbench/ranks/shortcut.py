@@ -2,11 +2,11 @@
 
     dist.all_reduce(x)  ->  here: the same line, dtype, shape and arguments as before?
         no   ->  torch's function -> process group -> dispatcher -> `intercept`; what came of it is kept for the next time
-        yes  ->  gloo, board, ledger
+        yes  ->  board (with the check: wait for peers, compare) -> gloo -> ledger
 
 Watching a call costs what it touches: where ranks share cores, each finds the caches full of others' things. So a call that was checked by
 torch, described and placed once is not again, and what it needs is bound in closures. Taken by blocking calls with at most two tensors
-that are not compared, recorded or spoiled; what they leave on the board and in the ledger is what `intercept` leaves.
+that are not recorded or spoiled; what they leave on the board and in the ledger is what `intercept` leaves.
 
 Knows torch's functions and process groups. Does not know tapes, faults or stops: where there are any, a call goes the other way.
 """
@@ -61,7 +61,7 @@ class _Given(threading.local):
 
 
 class Shortcut:
-    """Of one process, for calls that are not compared."""
+    """Of one process."""
 
     def __init__(self, interceptor: Interceptor) -> None:
         self._interceptor = interceptor
@@ -211,30 +211,37 @@ class Shortcut:
 
     def _way(self, make: Callable[..., Any], options: Any, call: Call) -> Callable[..., None]:
         """What makes a call again; torch's functions give nothing where their caller waits."""
-        it, board, text = self._interceptor, self._interceptor.board, call.text
-        post = Post.of(text, call.place, call.line)
-        begin, end = board.prepared(it.rank, call.key, post, LEDGER_NAMES.index(call.operation.name), call.num_bytes)
-        get_thread, main_thread, now = threading.get_ident, it.main_thread, time.monotonic_ns
+        it, board, text, is_checked = self._interceptor, self._interceptor.board, call.text, self._interceptor.is_checked
+        post, index = Post.of(text, call.place, call.line), LEDGER_NAMES.index(call.operation.name)
+        begin, end = board.prepared(it.rank, call.key, post, index, call.num_bytes, is_awaited=is_checked)
+        get_thread, main_thread, now, in_gloo = threading.get_ident, it.main_thread, time.monotonic_ns, AreaState.IN_GLOO
         is_awake, stay_awake, wait, limit = it.awake.is_wanted, it.awake.wait, it.wait_of_torch, leaving.SLICE
 
         def way(*tensors: Any) -> None:
-            is_main, was_busy = get_thread() == main_thread, it.is_busy
+            is_main, was_busy, arrived = get_thread() == main_thread, it.is_busy, None
             if is_main:
                 it.is_busy = True  # as in `busy`: a signal waits
             try:
                 started = now()
-                work = make(*tensors, options)
-                sequence = begin(started)
+                if is_checked:
+                    call.sequence = sequence = begin(started)
+                    it.meet(call, waits=True)
+                    board.move(it.rank, in_gloo)
+                    arrived = now()
+                    work = make(*tensors, options)
+                else:
+                    work = make(*tensors, options)
+                    sequence = begin(started)
                 if is_awake:
                     stay_awake(work.is_completed)
                 try:
                     wait(work, limit)
                 except RuntimeError:  # an error, or it takes long
                     it.outlast(work, text)
-                end(sequence, started)
+                end(sequence, started, arrived)
             except BaseException as error:
                 board.move(it.rank, AreaState.NOWHERE)
-                if isinstance(error, RuntimeError):
+                if isinstance(error, RuntimeError) and not (is_checked and arrived is None):
                     it.tell_freed(text, error)
                 raise
             finally:
