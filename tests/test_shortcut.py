@@ -93,6 +93,7 @@ def test_a_loop_goes_the_long_way_once_and_gives_and_leaves_the_same(cluster, ca
         (["work = dist.all_reduce(x, async_op=i % 2 == 1)", "if i % 2: work.wait()"], [[3.0] * 4] * 2, 3),
         (["x.requires_grad_(i % 2 == 1); dist.all_reduce(x)"], [[3.0] * 4] * 2, 3),
         (["x = torch.complex(x, x); dist.all_reduce(x)"], [[3 + 3j] * 4] * 2, 4),
+        (["x = torch.complex(-x, -x).conj().imag if i % 2 else x; dist.all_reduce(x); x = x * (i % 2 == 0)"], [[3.0] * 4, [0.0] * 4], 3),
         (["x = torch.nn.Parameter(x, requires_grad=False); dist.all_reduce(x)"], [[3.0] * 4] * 2, 4),
         (["dist.all_reduce(tensor=x)"], [[3.0] * 4] * 2, 4),
         (["(dist.all_reduce, dist.broadcast)[i % 2](x, *[0] * (i % 2))"], [[3.0] * 4, [1.0] * 4], 2),

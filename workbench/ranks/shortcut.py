@@ -88,8 +88,7 @@ class Shortcut:
                 setattr(dist, name, shortened)
                 if onward in remaps:  # torch.compile knows functions by identity
                     remaps[shortened] = remaps[onward]
-        for module in (c10d, dist):
-            setattr(module, "destroy_process_group", self._forgetting(dist.destroy_process_group))  # noqa: B010  of two modules
+        c10d.destroy_process_group = dist.destroy_process_group = self._forgetting(dist.destroy_process_group)
 
     def _keeping(self, of_gloo: str, onward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(onward)
@@ -124,7 +123,7 @@ class Shortcut:
         return call
 
     def _of_one(self, onward: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose first argument is a tensor."""
+        """A function whose first argument is a tensor; one that gradients, devices or a lazy minus sign concern is torch's to handle."""
         find, follow, must_go_on, get_frame, tensor_type = self._ways.get, self._follow, self._must_go_on(), sys._getframe, torch.Tensor
 
         @functools.wraps(onward)
@@ -137,7 +136,7 @@ class Shortcut:
             way = find(known)
             if way is None:
                 return follow(known, frame, onward, args, kwargs, 1)
-            if must_go_on() or tensor.requires_grad or not tensor.is_cpu:
+            if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg():
                 return onward(*args, **kwargs)
             return way([tensor])
 
@@ -158,7 +157,9 @@ class Shortcut:
             way = find(known)
             if way is None:
                 return follow(known, frame, onward, args, kwargs, 2)
-            if must_go_on() or filled.requires_grad or tensor.requires_grad or not (filled.is_cpu and tensor.is_cpu):
+            if must_go_on() or filled.requires_grad or not filled.is_cpu or filled.is_neg():
+                return onward(*args, **kwargs)
+            if tensor.requires_grad or not tensor.is_cpu or tensor.is_neg():
                 return onward(*args, **kwargs)
             return way(filled, tensor)
 
