@@ -213,7 +213,7 @@ def test_an_error_of_gloo_in_a_call_that_was_made_before_is_the_ranks_own(own):
         own.execute(
             "def step():\n    dist.all_reduce(torch.ones(4))\nstep(); step()\ncarrier().shut() if rank else None\nstep()", timeout_s=15
         )
-    assert "RuntimeError" in str(caught.value) or "freed" in str(caught.value)
+    assert "rank 0 of 2 failed" in str(caught.value) and "RuntimeError" in str(caught.value) and "rank 1 was freed" in str(caught.value)
     own.execute("step(); step()", timeout_s=15)
 
 
