@@ -141,6 +141,15 @@ def test_collected_calls_are_made_together(cluster):
     assert [[part.tolist() for part in parts] for parts in cluster.pull("parts")] == [[[2.0, 2.0], [4.0, 4.0], [6.0, 6.0]]] * 2
 
 
+def test_a_group_of_several_backends_is_torchs_to_serve(cluster):
+    cluster.execute(
+        "import torch.testing._internal.distributed.fake_pg\nmixed = dist.new_group([0, 1], backend='cpu:gloo,cuda:fake')\n"
+        + loop("dist.barrier(group=mixed); dist.all_reduce(x, group=mixed)"),
+        timeout_s=30,
+    )
+    assert num_long_ways(cluster) == [8, 8] and cluster.pull("found") == [[[3.0] * 4] * 4] * 2
+
+
 def test_torch_compile_knows_the_functions_still(cluster):
     cluster.execute(
         "def step(value):\n    dist.all_reduce(value)\n    return value + 1\n"

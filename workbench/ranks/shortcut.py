@@ -198,12 +198,13 @@ class Shortcut:
             return
         if options.asyncOp or any(isinstance(one, torch.dtype) and one.is_complex for one in known):
             return  # torch gives gloo another view of complex numbers
-        if not all(map(self._stays, others)):
-            return
+        backends = {process_group._get_backend(device) for device in process_group._device_types}
+        if _CPU not in process_group._device_types or len(backends) > 1 or not all(map(self._stays, others)):
+            return  # which backend it is, or whether it is gloo at all, is torch's to say where there are GPUs
         if len(self._ways) >= _MOST_WAYS:
             self.forget()
         self._codes.append(frame.f_code)
-        self._ways[known] = self._way(getattr(process_group._get_backend(_CPU), method), options, call)
+        self._ways[known] = self._way(getattr(backends.pop(), method), options, call)
 
     def _stays(self, value: Any) -> bool:
         """Whether an argument's identity is its own for good, or until `forget`."""
