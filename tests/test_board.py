@@ -129,7 +129,7 @@ def test_what_the_driver_reads_is_what_was_posted(board):
 @pytest.mark.parametrize("state", [AreaState.ON_BOARD, AreaState.IN_GLOO])
 def test_what_is_prepared_leaves_the_same_as_what_is_not(board, state):
     post, is_awaited = Post.of("reduce(é)", "reduce(é)\0dist.reduce(x)".encode(), 12), state is AreaState.ON_BOARD
-    begin, end = board.prepared(0, KEY, post, 3, 40, is_awaited=is_awaited)
+    begin, end = board.prepared(0, KEY, post, 3, 40, state, is_awaited=is_awaited)
     found = []
     for rank in range(2):
         board.enter_cell(rank, 9)
@@ -140,7 +140,7 @@ def test_what_is_prepared_leaves_the_same_as_what_is_not(board, state):
             board.move(rank, AreaState.NOWHERE)
             board.note(rank, (3, KEY, sequence, 40, 100, 150, 160, 9 << 20 | 12))
         else:
-            end(sequence, 100, 150)
+            assert end(sequence, 100, 150) == 0  # its number, to amend it
         row = board.ledger_rows(rank)[-1]
         assert row[6] > row[5] >= row[4] and board.read(rank).state is AreaState.NOWHERE
         what = (posted.state, posted.cell, posted.key, posted.sequence, posted.place)

@@ -373,23 +373,23 @@ class Board:
         return total
 
     def prepared(
-        self, rank: int, key: int, post: Post, operation: int, num_bytes: int, *, is_awaited: bool
-    ) -> tuple[Callable[[int], int], Callable[[int, int, int | None], None]]:
+        self, rank: int, key: int, post: Post, operation: int, num_bytes: int, state: AreaState, *, is_awaited: bool
+    ) -> tuple[Callable[[int], int], Callable[[int, int, int | None], int]]:
         """What `begin`, `move` and `note` do for a call that is made again and again, as long as its group lives.
 
         Every name is bound here: to look one up, where other processes had the core in between, costs as much as what it stands for.
 
         Args:
             operation: as the ledger counts them.
-            is_awaited: peers wait on the board for it, as it does for them; else it is in gloo when it begins here.
+            state, is_awaited: as for `begin`.
 
         Returns:
             What begins such a call, given when it was started (ns): its number in its group; and what ends it, given both and when the
-            last peer had arrived, None where that is not told apart from the end.
+            last peer had arrived, None where that is not told apart from the end: its number in the ledger.
         """
         w, everything, memory, now, wake = self._words, self._bytes, self._map, time.monotonic_ns, self._wake_of[rank]
-        base, slot, begun = rank * _AREA_WORDS, self._claim(rank, key), int(AreaState.ON_BOARD if is_awaited else AreaState.IN_GLOO)
-        count, rings, state, cell, bell, total = slot + 1, slot + 2, base + _STATE, base + _CELL, base + _BELL, base + _NUM_LEDGER
+        base, slot, begun = rank * _AREA_WORDS, self._claim(rank, key), int(state)
+        count, rings, now_in, cell, bell, total = slot + 1, slot + 2, base + _STATE, base + _CELL, base + _BELL, base + _NUM_LEDGER
         texts, places, shown, rows = (_WORD * at for at in (rings + 2 * _RING, base + _HEAD_WORDS, base + _KEY, base + _FIRST_ROW))
         text, checksum, place, line = post.text, post.checksum, post.place[:_PLACE_BYTES], post.line
         text_size, place_size = len(text), len(place)
@@ -411,9 +411,9 @@ class Board:
                 wake()
             return sequence
 
-        def end(sequence: int, started: int, arrived: int | None) -> None:
+        def end(sequence: int, started: int, arrived: int | None) -> int:
             ended = now()
-            w[state] = 0
+            w[now_in] = 0
             number = w[total]
             where = w[cell] << 20 | line
             pack_row(
@@ -429,6 +429,7 @@ class Board:
                 where,
             )
             w[total] = number + 1
+            return number
 
         return begin, end
 

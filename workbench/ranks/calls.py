@@ -84,6 +84,22 @@ class Call:
     num_bytes: int = 0
     called: Called | None = None
 
+    def again(self, sequence: int, work: Any, row: int) -> Call:
+        """The same call, begun once more by its line; not for functional collectives, which wait for their tensors."""
+        return Call(
+            operation=self.operation,
+            group=self.group,
+            key=self.key,
+            peers=self.peers,
+            text=self.text,
+            line=self.line,
+            place=self.place,
+            sequence=sequence,
+            work=work,
+            row=row,
+            num_bytes=self.num_bytes,
+        )
+
     @property
     def is_announcement(self) -> bool:
         """Whether it is what one of our own operations tells its members before it begins."""

@@ -132,7 +132,6 @@ class _OfThread(threading.local):
         call: that message, once it has begun; work: of torch.
         told: whom to tell what it received.
         is_in_hook: a communication hook of DDP: C++ waits for what it begins.
-        last: the collective that has just ended, of those whose caller waited.
     """
 
     is_blocking: bool = False
@@ -140,7 +139,6 @@ class _OfThread(threading.local):
     work: Any = None
     told: Sequence[Callable[[], None]] = ()
     is_in_hook: bool = False
-    last: Call | None = None
 
 
 class Interceptor:
@@ -271,6 +269,11 @@ class Interceptor:
         self._begun.clear()
         self._unwaited.clear()
         self.board.reset(self.rank)
+
+    @property
+    def is_in_hook(self) -> bool:
+        """Whether this thread is in a communication hook of DDP, for whose works C++ waits."""
+        return self._local.is_in_hook
 
     def end_cell(self) -> None:
         """A signal that waits is of no use any more."""
@@ -446,7 +449,7 @@ class Interceptor:
                 out = (*out[:-1], stand_in.boxed) if isinstance(out, tuple) else stand_in.boxed
             if is_later:
                 call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
-                self._remember(call)
+                self.remember(call)
             elif operation.is_point_to_point:
                 call.row = self._note(name, call, args, started, arrived)
                 self._local.call, self._local.work = call, work
@@ -463,7 +466,8 @@ class Interceptor:
                 self.board.move(self.rank, AreaState.NOWHERE)
         if not is_later and not operation.is_point_to_point:
             self._note(name, call, args, started, arrived)
-            self._local.last = call if is_blocking else None
+        if (is_later or is_blocking) and not operation.is_point_to_point:
+            self._shortcut.see(call)
         return out
 
     def _only_tape(self, writer: Hook, operation: Operation, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
@@ -493,11 +497,6 @@ class Interceptor:
             return self.board.note(self.rank, (_INDEX[name], call.key, call.sequence, call.num_bytes, started, arrived, ended, where))
         call.called.add(calling.Row(call.key, call.sequence, call.num_bytes, started, arrived, ended, where), self._note_ours)
         return -1
-
-    def take_last(self) -> Call | None:
-        """The collective that this thread has just waited for, told once."""
-        last, self._local.last = self._local.last, None
-        return last
 
     def _note_ours(self, name: str, row: calling.Row) -> None:
         """Put one operation of ours in the ledger."""
@@ -699,7 +698,8 @@ class Interceptor:
             self._begun.popleft()
         self._begun.append(work)
 
-    def _remember(self, call: Call) -> None:
+    def remember(self, call: Call) -> None:
+        """An asynchronous call has begun: its work is watched until somebody waits for it."""
         for work_id in [i for i, old in list(self._in_flight.items())[:2] if old.work.is_completed()]:
             self._in_flight.pop(work_id, None)
         if len(self._in_flight) >= _MOST_IN_FLIGHT:

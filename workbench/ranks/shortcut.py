@@ -1,12 +1,12 @@
 """The shortcut of calls that a loop makes again: from the function of torch.distributed straight to gloo.
 
-    dist.all_reduce(x)  ->  here: the same line, dtype, shape and arguments as before?
+    dist.all_reduce(x)  ->  here: the same line, dtypes, shapes and arguments as before?
         no   ->  torch's function -> process group -> dispatcher -> `intercept`; what came of it is kept for the next time
         yes  ->  board (with the check: wait for peers, compare) -> gloo -> ledger
 
 Watching a call costs what it touches: where ranks share cores, each finds the caches full of others' things. So a call that was checked by
-torch, described and placed once is not again, and what it needs is bound in closures. Taken by blocking calls with at most two tensors
-that are not recorded or spoiled; what they leave on the board and in the ledger is what `intercept` leaves.
+torch, described and placed once is not again, and what it needs is bound in closures. Taken by calls that are not recorded or spoiled; what
+they leave on the board, in the ledger and among those in flight is what `intercept` leaves.
 
 Knows torch's functions and process groups. Does not know tapes, faults or stops: where there are any, a call goes the other way.
 """
@@ -17,7 +17,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -28,6 +28,7 @@ import torch.distributed.distributed_c10d as c10d
 
 from workbench.ranks import leaving
 from workbench.ranks.board import AreaState, Post
+from workbench.ranks.called import called_now
 from workbench.ranks.calls import Call, is_users
 from workbench.ranks.operations import LEDGER_NAMES
 
@@ -36,16 +37,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Shortcut"]
 
-_FUNCTIONS = {  # of torch.distributed -> how many tensors come first; two were renamed between releases of torch
-    "barrier": 0, "all_reduce": 1, "broadcast": 1, "reduce": 1,
-    "all_gather_into_tensor": 2, "all_gather_single": 2, "reduce_scatter_tensor": 2, "reduce_scatter_single": 2,
-}  # fmt: skip
+_OF_ONE = ("all_reduce", "broadcast", "reduce")  # functions of torch.distributed whose first argument is their only tensor
+_OF_MORE = (  # those of more tensors, of lists of them, or of none; two were renamed between releases of torch
+    "barrier", "all_gather", "all_gather_into_tensor", "all_gather_single", "gather", "scatter", "all_to_all_single",
+    "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single",
+)  # fmt: skip
 _METHODS = {  # of a process group, which they call -> of gloo's backend
-    "barrier": "barrier", "allreduce": "allreduce", "broadcast": "broadcast", "reduce": "reduce",
-    "_allgather_base": "_allgather_base", "all_gather_single": "_allgather_base",
+    "barrier": "barrier", "allreduce": "allreduce", "broadcast": "broadcast", "reduce": "reduce", "allgather": "allgather",
+    "_allgather_base": "_allgather_base", "all_gather_single": "_allgather_base", "gather": "gather", "scatter": "scatter",
+    "alltoall_base": "alltoall_base", "all_to_all_single": "alltoall_base", "reduce_scatter": "reduce_scatter",
     "_reduce_scatter_base": "_reduce_scatter_base", "reduce_scatter_single": "_reduce_scatter_base",
 }  # fmt: skip
 _Known: TypeAlias = tuple[Any, ...]  # where a call stands, its tensors' dtypes and shapes, its other arguments' identities
+_Way: TypeAlias = Callable[[list[torch.Tensor]], Any]
 _MOST_WAYS = 1024
 _CPU = torch.device("cpu")
 _num_modes = torch._C._len_torch_dispatch_stack
@@ -54,10 +58,16 @@ _SMALL = range(-5, 257)  # ints that Python makes once
 
 
 class _Given(threading.local):
-    """What torch's function gave in this thread's call: the process group, which method of gloo's is meant, the options."""
+    """What this thread's call of a torch function came to.
+
+    Attributes:
+        asked: of which process group, by which method of gloo's, with which arguments, the options last.
+        made: what `intercept` made of it.
+    """
 
     is_wanted: bool = False
-    call: tuple[Any, str, Any] | None = None
+    asked: tuple[Any, str, tuple[Any, ...]] | None = None
+    made: Call | None = None
 
 
 class Shortcut:
@@ -66,7 +76,7 @@ class Shortcut:
     def __init__(self, interceptor: Interceptor) -> None:
         self._interceptor = interceptor
         self._given = _Given()
-        self._ways: dict[_Known, Callable[..., None]] = {}
+        self._ways: dict[_Known, _Way] = {}
         self._codes: list[CodeType] = []  # of those ways; held so that their identities stay theirs
 
     def forget(self) -> None:
@@ -74,16 +84,21 @@ class Shortcut:
         self._ways.clear()
         self._codes.clear()
 
+    def see(self, call: Call) -> None:
+        """A collective of this thread's went the long way, and its caller waits for it, or will."""
+        if self._given.is_wanted:
+            self._given.made = call
+
     def install(self) -> None:
         """Take over torch's functions, for good."""
         for name, of_gloo in _METHODS.items():
             if hasattr(dist.ProcessGroup, name):
                 setattr(dist.ProcessGroup, name, self._keeping(of_gloo, getattr(dist.ProcessGroup, name)))
         remaps = getattr(sys.modules.get("torch.distributed._functional_collectives"), "traceable_collective_remaps", {})
-        for name, num_tensors in _FUNCTIONS.items():
+        for name in (*_OF_ONE, *_OF_MORE):
             onward = getattr(c10d, name, None)
             if onward is not None:
-                shortened = (self._of_none, self._of_one, self._of_two)[num_tensors](onward)
+                shortened = self._of_one(onward) if name in _OF_ONE else self._of_more(onward)
                 setattr(c10d, name, shortened)
                 setattr(dist, name, shortened)
                 if onward in remaps:  # torch.compile knows functions by identity
@@ -94,7 +109,7 @@ class Shortcut:
         @functools.wraps(onward)
         def wrapped(process_group: Any, *args: Any, **kwargs: Any) -> Any:
             if self._given.is_wanted:
-                self._given.call = (process_group, of_gloo, args[-1] if args else kwargs.get("opts"))
+                self._given.asked = (process_group, of_gloo, (*args, *kwargs.values()))
             return onward(process_group, *args, **kwargs)
 
         return wrapped
@@ -107,24 +122,10 @@ class Shortcut:
 
         return wrapped
 
-    def _of_none(self, onward: Callable[..., Any]) -> Callable[..., Any]:
-        """A function without tensors."""
-        find, follow, must_go_on, get_frame = self._ways.get, self._follow, self._must_go_on(), sys._getframe
-
-        @functools.wraps(onward)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            frame = get_frame(1)
-            known = (id(frame.f_code), frame.f_lasti, *map(id, args), *kwargs, *map(id, kwargs.values()))
-            way = find(known)
-            if way is None:
-                return follow(known, frame, onward, args, kwargs, 0)
-            return onward(*args, **kwargs) if must_go_on() else way()
-
-        return call
-
     def _of_one(self, onward: Callable[..., Any]) -> Callable[..., Any]:
         """A function whose first argument is a tensor; one that gradients, devices or a lazy minus sign concern is torch's to handle."""
-        find, follow, must_go_on, get_frame, tensor_type = self._ways.get, self._follow, self._must_go_on(), sys._getframe, torch.Tensor
+        find, look_further, must_go_on, get_frame = self._ways.get, self._look_further, self._must_go_on(), sys._getframe
+        tensor_type, follow = torch.Tensor, self._follow
 
         @functools.wraps(onward)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -135,91 +136,133 @@ class Shortcut:
             known = (id(frame.f_code), frame.f_lasti, tensor.dtype, tensor.shape, *map(id, others), *kwargs, *map(id, kwargs.values()))
             way = find(known)
             if way is None:
-                return follow(known, frame, onward, args, kwargs, 1)
+                way, known, user = look_further(known, frame)
+                if way is None:
+                    return follow(known, frame, user, onward, args, kwargs, [tensor])
             if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg():
                 return onward(*args, **kwargs)
             return way([tensor])
 
         return call
 
-    def _of_two(self, onward: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose first two arguments are tensors: what it fills, and what this rank gives."""
-        find, follow, must_go_on, get_frame, tensor_type = self._ways.get, self._follow, self._must_go_on(), sys._getframe, torch.Tensor
+    def _of_more(self, onward: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of any number of tensors, which may come by name or in lists."""
+        find, look_further, must_go_on, get_frame = self._ways.get, self._look_further, self._must_go_on(), sys._getframe
+        tensor_type, follow = torch.Tensor, self._follow
 
         @functools.wraps(onward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if len(args) < 2 or type(args[0]) is not tensor_type or type(args[1]) is not tensor_type:
-                return onward(*args, **kwargs)
-            filled, tensor, *others = args
             frame = get_frame(1)
-            what = (filled.dtype, filled.shape, tensor.dtype, tensor.shape)
-            known = (id(frame.f_code), frame.f_lasti, *what, *map(id, others), *kwargs, *map(id, kwargs.values()))
+            what: list[Any] = [id(frame.f_code), frame.f_lasti, *kwargs]
+            tensors = []
+            for value in (*args, *kwargs.values()) if kwargs else args:
+                if type(value) is list:
+                    what.append(len(value))
+                else:
+                    value = (value,)
+                for one in value:
+                    if type(one) is tensor_type:
+                        tensors.append(one)
+                        what += (one.dtype, one.shape)
+                    else:
+                        what.append(id(one))
+            known = tuple(what)
             way = find(known)
             if way is None:
-                return follow(known, frame, onward, args, kwargs, 2)
-            if must_go_on() or filled.requires_grad or not filled.is_cpu or filled.is_neg():
+                way, known, user = look_further(known, frame)
+                if way is None:
+                    return follow(known, frame, user, onward, args, kwargs, tensors)
+            if must_go_on():
                 return onward(*args, **kwargs)
-            if tensor.requires_grad or not tensor.is_cpu or tensor.is_neg():
-                return onward(*args, **kwargs)
-            return way(filled, tensor)
+            for one in tensors:
+                if one.requires_grad or not one.is_cpu or one.is_neg():
+                    return onward(*args, **kwargs)
+            return way(tensors)
 
         return call
 
     def _must_go_on(self) -> Callable[[], bool]:
         """Whether somebody wants to see calls of torch, or collects them, now."""
-        hooks, coalescing = self._interceptor.hooks, c10d._world.pg_coalesce_state
+        hooks, coalescing, it = self._interceptor.hooks, c10d._world.pg_coalesce_state, self._interceptor
 
         def must_go_on() -> bool:
-            return bool(hooks or coalescing or _num_modes() or _num_function_modes() or profiler._is_profiler_enabled)
+            return bool(hooks or coalescing or _num_modes() or _num_function_modes() or profiler._is_profiler_enabled or it.is_in_hook)
 
         return must_go_on
 
+    def _look_further(self, known: _Known, frame: FrameType) -> tuple[_Way | None, _Known, FrameType | None]:
+        """Of a library's call it counts from which line of the user's it comes: a way, what is known of it, and the user's frame."""
+        if is_users(frame.f_code.co_filename):
+            return None, known, frame
+        if called_now() is not None:
+            return None, known, None  # an operation of ours, which keeps what its calls leave
+        user: FrameType | None = frame
+        while user is not None and not is_users(user.f_code.co_filename):
+            user = user.f_back
+        if user is not None:
+            known = (*known, id(user.f_code), user.f_lasti)
+        return self._ways.get(known), known, user
+
     def _follow(
-        self, known: _Known, frame: FrameType, onward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], num_tensors: int
+        self,
+        known: _Known,
+        frame: FrameType,
+        user: FrameType | None,
+        onward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        tensors: list[torch.Tensor],
     ) -> Any:
         """Make a call the long way, and keep what came of it if it was the user's own."""
-        if not is_users(frame.f_code.co_filename):
-            return onward(*args, **kwargs)  # a library's is told with the line of the user's, which may be another one the next time
+        if user is None:
+            return onward(*args, **kwargs)
         given = self._given
         given.is_wanted = True
-        self._interceptor.take_last()
         try:
             made = onward(*args, **kwargs)
-            if given.call is not None:
-                self._learn(known, frame, (*args[num_tensors:], *kwargs.values()), *given.call)
+            if given.asked is not None and given.made is not None and given.made.line == user.f_lineno:
+                others = [one for one in _each(*args, *kwargs.values()) if type(one) is not torch.Tensor]
+                self._learn(known, tensors, others, given.made, *given.asked)
+                self._codes += (frame.f_code, user.f_code)
         finally:
-            given.is_wanted, given.call = False, None
+            given.is_wanted, given.asked, given.made = False, None, None
         return made
 
-    def _learn(self, known: _Known, frame: FrameType, others: tuple[Any, ...], process_group: Any, method: str, options: Any) -> None:
+    def _learn(
+        self, known: _Known, tensors: list[torch.Tensor], others: list[Any], call: Call, process_group: Any, method: str, given: Any
+    ) -> None:
         """Keep the call that this thread has just made; `known` holds the identities of its other arguments, which must stay theirs."""
-        call, group = self._interceptor.take_last(), self._interceptor.groups.find_current(process_group)
-        if call is None or group is None or call.key != group.key or call.called is not None or call.line != frame.f_lineno:
+        group = self._interceptor.groups.find_current(process_group)
+        if group is None or call.key != group.key or call.called is not None or not all(map(self._stays, others)):
             return
-        if options.asyncOp or any(isinstance(one, torch.dtype) and one.is_complex for one in known):
-            return  # torch gives gloo another view of complex numbers
         backends = {process_group._get_backend(device) for device in process_group._device_types}
-        if _CPU not in process_group._device_types or len(backends) > 1 or not all(map(self._stays, others)):
+        if _CPU not in process_group._device_types or len(backends) > 1:
             return  # which backend it is, or whether it is gloo at all, is torch's to say where there are GPUs
+        *given, options = given
+        arguments = _arguments(given, tensors)
+        if arguments is None:
+            return
         if len(self._ways) >= _MOST_WAYS:
             self.forget()
-        self._codes.append(frame.f_code)
-        self._ways[known] = self._way(getattr(backends.pop(), method), options, call)
+        self._ways[known] = self._way(getattr(backends.pop(), method), arguments, options, call)
 
     def _stays(self, value: Any) -> bool:
         """Whether an argument's identity is its own for good, or until `forget`."""
         is_fixed = value is None or isinstance(value, (bool, dist.ReduceOp.RedOpType)) or type(value) is int and value in _SMALL
         return is_fixed or self._interceptor.groups.find_current(value) is not None
 
-    def _way(self, make: Callable[..., Any], options: Any, call: Call) -> Callable[..., None]:
+    def _way(self, make: Callable[..., Any], arguments: Callable[[list[torch.Tensor]], list[Any]], options: Any, call: Call) -> _Way:
         """What makes a call again; torch's functions give nothing where their caller waits."""
-        it, board, text, is_checked = self._interceptor, self._interceptor.board, call.text, self._interceptor.is_checked
+        it, board, text, is_async = self._interceptor, self._interceptor.board, call.text, options.asyncOp
+        is_checked = it.is_checked
+        begun = AreaState.NOWHERE if is_async else AreaState.ON_BOARD if is_checked else AreaState.IN_GLOO
+        met = AreaState.NOWHERE if is_async else AreaState.IN_GLOO
         post, index = Post.of(text, call.place, call.line), LEDGER_NAMES.index(call.operation.name)
-        begin, end = board.prepared(it.rank, call.key, post, index, call.num_bytes, is_awaited=is_checked)
-        get_thread, main_thread, now, in_gloo = threading.get_ident, it.main_thread, time.monotonic_ns, AreaState.IN_GLOO
+        begin, end = board.prepared(it.rank, call.key, post, index, call.num_bytes, begun, is_awaited=is_checked)
+        get_thread, main_thread, now = threading.get_ident, it.main_thread, time.monotonic_ns
         is_awake, stay_awake, wait, limit = it.awake.is_wanted, it.awake.wait, it.wait_of_torch, leaving.SLICE
 
-        def way(*tensors: Any) -> None:
+        def way(tensors: list[torch.Tensor]) -> Any:
             is_main, was_busy, arrived = get_thread() == main_thread, it.is_busy, None
             if is_main:
                 it.is_busy = True  # as in `busy`: a signal waits
@@ -227,13 +270,16 @@ class Shortcut:
                 started = now()
                 if is_checked:
                     call.sequence = sequence = begin(started)
-                    it.meet(call, waits=True)
-                    board.move(it.rank, in_gloo)
+                    it.meet(call, waits=not is_async)
+                    board.move(it.rank, met)
                     arrived = now()
-                    work = make(*tensors, options)
+                    work = make(*arguments(tensors), options)
                 else:
-                    work = make(*tensors, options)
+                    work = make(*arguments(tensors), options)
                     sequence = begin(started)
+                if is_async:
+                    it.remember(call.again(sequence, work, end(sequence, started, arrived or started)))
+                    return work
                 if is_awake:
                     stay_awake(work.is_completed)
                 try:
@@ -251,3 +297,22 @@ class Shortcut:
                     it.be_free(was_busy)
 
         return way
+
+
+def _each(*values: Any) -> Iterator[Any]:
+    """Arguments of a call, one by one where they come in a list."""
+    for value in values:
+        yield from value if type(value) is list else (value,)
+
+
+def _arguments(given: list[Any], tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], list[Any]] | None:
+    """What puts a call's tensors where these are in what gloo was given; None where it was given others, or one of them twice."""
+    places = {id(tensor): f"tensors[{place}]" for place, tensor in enumerate(tensors)}
+
+    def text(value: Any) -> str:
+        return f"[{', '.join(map(text, value))}]" if isinstance(value, (list, tuple)) else places.get(id(value)) or repr(int(value))
+
+    try:
+        return eval(f"lambda tensors: {text(given)}") if len(places) == len(tensors) else None  # as quick as written by hand
+    except (TypeError, ValueError):
+        return None
