@@ -103,7 +103,7 @@ def test_a_loop_goes_the_long_way_once_and_gives_and_leaves_the_same(cluster, ca
 @pytest.mark.parametrize(
     ("body", "given", "num_long"),
     [
-        (["x = x.repeat(1 + i % 2); dist.all_reduce(x)"], [[3.0] * 4, [3.0] * 8], 2),
+        (["x = x.repeat(1 + i % 2); dist.all_reduce(x)"], [[3.0] * 4, [3.0] * 8], 1),
         (["x = x.to((torch.float32, torch.int64)[i % 2]); dist.all_reduce(x)"], [[3.0] * 4, [3] * 4], 2),
         (["dist.all_reduce(x, op=(dist.ReduceOp.SUM, dist.ReduceOp.MAX)[i % 2])"], [[3.0] * 4, [2.0] * 4], 2),
         (["dist.all_reduce(x, op=dist.ReduceOp((dist.ReduceOp.SUM, dist.ReduceOp.MAX)[i % 2]))"], [[3.0] * 4, [2.0] * 4], 4),
@@ -119,7 +119,7 @@ def test_a_loop_goes_the_long_way_once_and_gives_and_leaves_the_same(cluster, ca
         (
             ["y = [torch.zeros(4 + 4 * (i % 2)) for _ in 'ab']; dist.all_gather(y, x.repeat(1 + i % 2)); x = y[1]"],
             [[2.0] * 4, [2.0] * 8],
-            2,
+            1,
         ),
         (["y = [torch.zeros(4)] * 2 if i % 2 else [torch.zeros(4), 0 * x]; dist.all_gather(y, x); x = sum(y)"], [[3.0] * 4, [4.0] * 4], 1),
         (["y = [torch.zeros(4), 0 * x] if i % 2 else [torch.zeros(4)] * 2; dist.all_gather(y, x); x = sum(y)"], [[4.0] * 4, [3.0] * 4], 2),
@@ -141,6 +141,31 @@ def test_what_differs_from_the_call_before_is_another_call(cluster, body, given,
     for rank, found in enumerate(cluster.pull("found")):
         assert found == (given or [[3.0 * (1 - rank)] * 4] * 2) * 2
     assert num_long_ways(cluster) == [num_long] * 2
+
+
+def test_calls_of_other_shapes_are_described_anew(own, request):
+    handle = own.execute(
+        "def step(*shape):\n    x = torch.full(shape, 1.0 + rank); dist.all_reduce(x); return x.sum().item()\n"
+        "step(1)\nlong_way.clear()\ngiven = [step(n) for n in range(2, 1200)] + [step(2, 3), step()]",
+        block=False,
+    )
+    handle.result(timeout_s=60)
+    assert num_long_ways(own) == [0, 0]
+    assert own.pull("given") == [[3.0 * n for n in range(2, 1200)] + [18.0, 3.0]] * 2
+    frame = own.ledger()
+    rows = frame[(frame.cell == handle.number) & (frame["rank"] == 1)]
+    assert rows.num_bytes.tolist() == [4 * n for n in range(1, 1200)] + [24, 4]
+    assert set(rows.op) == {"all_reduce"} and set(rows.line) == {2}
+    handle = own.execute("step(77, 2) if rank else None\ntime.sleep(60)", block=False)
+    time.sleep(0.7)
+    (waiter,) = own.diagnose().waiting.values()
+    own.interrupt()
+    with pytest.raises(wb.RankInterrupted):
+        handle.result(timeout_s=15)
+    assert waiter.op == "all_reduce" and waiter.line == 2 and waiter.source.endswith("dist.all_reduce(x); return x.sum().item()")
+    if is_checked(request):
+        with pytest.raises(wb.CollectiveMismatch, match=r"float32\[50, 2\]"):
+            own.execute("step(50 + rank, 2)", timeout_s=15)
 
 
 def test_calls_of_a_library_are_known_by_the_line_that_they_come_from(cluster):

@@ -86,18 +86,22 @@ class Call:
 
     def again(self, sequence: int, work: Any, row: int) -> Call:
         """The same call, begun once more by its line; not for functional collectives, which wait for their tensors."""
+        made = self.as_of(self.text, self.num_bytes)
+        made.sequence, made.work, made.row = sequence, work, row
+        return made
+
+    def as_of(self, text: str, num_bytes: int) -> Call:
+        """A call by the same line of the same group that has not begun yet."""
+        _, separator, source = self.place.partition(b"\0")
         return Call(
             operation=self.operation,
             group=self.group,
             key=self.key,
             peers=self.peers,
-            text=self.text,
+            text=text,
             line=self.line,
-            place=self.place,
-            sequence=sequence,
-            work=work,
-            row=row,
-            num_bytes=self.num_bytes,
+            place=text.encode() + separator + source,
+            num_bytes=num_bytes,
         )
 
     @property

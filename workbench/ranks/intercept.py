@@ -15,6 +15,7 @@ Knows torch, groups and generations of this rank. Does not know the driver: it i
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import time
 from collections import deque
@@ -467,7 +468,7 @@ class Interceptor:
         if not is_later and not operation.is_point_to_point:
             self._note(name, call, args, started, arrived)
         if (is_later or is_blocking) and not operation.is_point_to_point:
-            self._shortcut.see(call)
+            self._shortcut.see(call, args)
         return out
 
     def _only_tape(self, writer: Hook, operation: Operation, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
@@ -700,7 +701,7 @@ class Interceptor:
 
     def remember(self, call: Call) -> None:
         """An asynchronous call has begun: its work is watched until somebody waits for it."""
-        for work_id in [i for i, old in list(self._in_flight.items())[:2] if old.work.is_completed()]:
+        for work_id in [i for i, old in itertools.islice(self._in_flight.items(), 2) if old.work.is_completed()]:
             self._in_flight.pop(work_id, None)
         if len(self._in_flight) >= _MOST_IN_FLIGHT:
             self._in_flight.pop(next(iter(self._in_flight)), None)

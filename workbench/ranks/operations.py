@@ -21,6 +21,7 @@ __all__ = [
     "OPERATIONS",
     "ROLLOUT_OPERATIONS",
     "Operation",
+    "describing",
     "inputs_of",
     "num_bytes",
     "remember_reduce_ops",
@@ -136,6 +137,20 @@ def _remembering(call: Callable[..., Any]) -> Callable[..., Any]:
             _last.reduce_op = None  # a later call from C++ has none of its own
 
     return wrapped
+
+
+def describing(operation: Operation) -> Callable[[tuple[Any, ...]], str]:
+    """What describes calls with the reduce op of this thread's."""
+    reduce_op = getattr(_last, "reduce_op", None)
+
+    def describe(args: tuple[Any, ...]) -> str:
+        before, _last.reduce_op = getattr(_last, "reduce_op", None), reduce_op
+        try:
+            return operation.describe(args)
+        finally:
+            _last.reduce_op = before
+
+    return describe
 
 
 def _reduce_op() -> str:

@@ -1,8 +1,8 @@
 """The shortcut of calls that a loop makes again: from the function of torch.distributed straight to gloo.
 
-    dist.all_reduce(x)  ->  here: the same line, dtypes, shapes and arguments as before?
+    dist.all_reduce(x)  ->  here: the same line, dtypes and arguments as before?
         no   ->  torch's function -> process group -> dispatcher -> `intercept`; what came of it is kept for the next time
-        yes  ->  board (with the check: wait for peers, compare) -> gloo -> ledger
+        yes  ->  board (with the check: wait for peers, compare) -> gloo -> ledger; described anew where a shape is
 
 Watching a call costs what it touches: where ranks share cores, each finds the caches full of others' things. So a call that was checked by
 torch, described and placed once is not again, and what it needs is bound in closures. Taken by calls that are not recorded or spoiled; what
@@ -17,7 +17,8 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -30,7 +31,7 @@ from workbench.ranks import leaving
 from workbench.ranks.board import AreaState, Post
 from workbench.ranks.called import called_now
 from workbench.ranks.calls import Call, is_users
-from workbench.ranks.operations import LEDGER_NAMES
+from workbench.ranks.operations import LEDGER_NAMES, describing, num_bytes
 
 if TYPE_CHECKING:
     from workbench.ranks.intercept import Interceptor
@@ -50,7 +51,7 @@ _METHODS = {  # of a process group, which they call -> of gloo's backend
 }  # fmt: skip
 _Known: TypeAlias = tuple[Any, ...]  # where a call stands, its tensors' dtypes and shapes, its other arguments' identities
 _Way: TypeAlias = Callable[[list[torch.Tensor]], Any]
-_MOST_WAYS = 1024
+_MOST = 1024  # kinds, and ways
 _CPU = torch.device("cpu")
 _num_modes = torch._C._len_torch_dispatch_stack
 _num_function_modes = torch._C._len_torch_function_stack
@@ -62,12 +63,29 @@ class _Given(threading.local):
 
     Attributes:
         asked: of which process group, by which method of gloo's, with which arguments, the options last.
-        made: what `intercept` made of it.
+        made: what `intercept` made of it, the operator's arguments, and what describes such a call.
     """
 
     is_wanted: bool = False
     asked: tuple[Any, str, tuple[Any, ...]] | None = None
-    made: Call | None = None
+    made: tuple[Call, tuple[Any, ...], Callable[[tuple[Any, ...]], str]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """Calls that differ in nothing but their tensors' shapes and values.
+
+    Attributes:
+        call: the one that went the long way.
+        make: the method of gloo's backend; its arguments, of such a call's tensors; the options come last.
+        describe: text and bytes, of such a call's tensors.
+    """
+
+    call: Call
+    make: Callable[..., Any]
+    arguments: Callable[[list[torch.Tensor]], Sequence[Any]]
+    options: Any
+    describe: Callable[[list[torch.Tensor]], tuple[str, int]]
 
 
 class Shortcut:
@@ -77,17 +95,19 @@ class Shortcut:
         self._interceptor = interceptor
         self._given = _Given()
         self._ways: dict[_Known, _Way] = {}
-        self._codes: list[CodeType] = []  # of those ways; held so that their identities stay theirs
+        self._kinds: dict[_Known, _Kind] = {}
+        self._codes: list[CodeType] = []  # of those kinds; held so that their identities stay theirs
 
     def forget(self) -> None:
         """Groups are no more, or will be soon; gloo's backends are let go of."""
         self._ways.clear()
+        self._kinds.clear()
         self._codes.clear()
 
-    def see(self, call: Call) -> None:
-        """A collective of this thread's went the long way, and its caller waits for it, or will."""
+    def see(self, call: Call, args: tuple[Any, ...]) -> None:
+        """A collective of this thread's went the long way, and its caller waits for it, or will; `args` are the operator's."""
         if self._given.is_wanted:
-            self._given.made = call
+            self._given.made = call, args, describing(call.operation)
 
     def install(self) -> None:
         """Take over torch's functions, for good."""
@@ -136,7 +156,7 @@ class Shortcut:
             known = (id(frame.f_code), frame.f_lasti, tensor.dtype, tensor.shape, *map(id, others), *kwargs, *map(id, kwargs.values()))
             way = find(known)
             if way is None:
-                way, known, user = look_further(known, frame)
+                way, known, user = look_further(known, frame, [tensor])
                 if way is None:
                     return follow(known, frame, user, onward, args, kwargs, [tensor])
             if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg():
@@ -169,7 +189,7 @@ class Shortcut:
             known = tuple(what)
             way = find(known)
             if way is None:
-                way, known, user = look_further(known, frame)
+                way, known, user = look_further(known, frame, tensors)
                 if way is None:
                     return follow(known, frame, user, onward, args, kwargs, tensors)
             if must_go_on():
@@ -190,18 +210,28 @@ class Shortcut:
 
         return must_go_on
 
-    def _look_further(self, known: _Known, frame: FrameType) -> tuple[_Way | None, _Known, FrameType | None]:
-        """Of a library's call it counts from which line of the user's it comes: a way, what is known of it, and the user's frame."""
-        if is_users(frame.f_code.co_filename):
-            return None, known, frame
-        if called_now() is not None:
-            return None, known, None  # an operation of ours, which keeps what its calls leave
+    def _look_further(self, known: _Known, frame: FrameType, tensors: list[torch.Tensor]) -> tuple[_Way | None, _Known, FrameType | None]:
+        """Of a library's call it counts from which line of the user's it comes.
+
+        Returns:
+            A way, if a call of the kind was made before; what is known of this one; the user's frame, where the way may be kept.
+        """
         user: FrameType | None = frame
-        while user is not None and not is_users(user.f_code.co_filename):
-            user = user.f_back
-        if user is not None:
+        if not is_users(frame.f_code.co_filename):
+            if called_now() is not None:
+                return None, known, None  # an operation of ours, which keeps what its calls leave
+            while user is not None and not is_users(user.f_code.co_filename):
+                user = user.f_back
+            if user is None:
+                return None, known, None
             known = (*known, id(user.f_code), user.f_lasti)
-        return self._ways.get(known), known, user
+        way = self._ways.get(known)
+        kind = self._kinds.get(_kind_of(known)) if way is None else None
+        if kind is not None:
+            if len(self._ways) >= _MOST:
+                self._ways.clear()
+            way = self._ways[known] = self._way(kind, tensors)
+        return way, known, user
 
     def _follow(
         self,
@@ -213,52 +243,62 @@ class Shortcut:
         kwargs: dict[str, Any],
         tensors: list[torch.Tensor],
     ) -> Any:
-        """Make a call the long way, and keep what came of it if it was the user's own."""
+        """Make a call the long way, and keep what came of it if it was made by a line of the user's."""
         if user is None:
             return onward(*args, **kwargs)
         given = self._given
         given.is_wanted = True
         try:
-            made = onward(*args, **kwargs)
-            if given.asked is not None and given.made is not None and given.made.line == user.f_lineno:
-                others = [one for one in _each(*args, *kwargs.values()) if type(one) is not torch.Tensor]
-                self._learn(known, tensors, others, given.made, *given.asked)
-                self._codes += (frame.f_code, user.f_code)
+            result = onward(*args, **kwargs)
+            if given.asked is not None and given.made is not None and given.made[0].line == user.f_lineno:
+                kind = self._kind(tensors, [one for one in _each(*args, *kwargs.values()) if type(one) is not torch.Tensor])
+                if kind is not None:
+                    if len(self._kinds) >= _MOST:
+                        self.forget()
+                    self._codes += (frame.f_code, user.f_code)
+                    self._kinds[_kind_of(known)] = kind
         finally:
             given.is_wanted, given.asked, given.made = False, None, None
-        return made
+        return result
 
-    def _learn(
-        self, known: _Known, tensors: list[torch.Tensor], others: list[Any], call: Call, process_group: Any, method: str, given: Any
-    ) -> None:
-        """Keep the call that this thread has just made; `known` holds the identities of its other arguments, which must stay theirs."""
+    def _kind(self, tensors: list[torch.Tensor], others: list[Any]) -> _Kind | None:
+        """What this thread's call is one of; None where its other arguments' identities say nothing, or gloo is given something else."""
+        assert self._given.asked is not None and self._given.made is not None
+        (process_group, method, (*given, options)), (call, args, describe) = self._given.asked, self._given.made
         group = self._interceptor.groups.find_current(process_group)
         if group is None or call.key != group.key or call.called is not None or not all(map(self._stays, others)):
-            return
+            return None
         backends = {process_group._get_backend(device) for device in process_group._device_types}
         if _CPU not in process_group._device_types or len(backends) > 1:
-            return  # which backend it is, or whether it is gloo at all, is torch's to say where there are GPUs
-        *given, options = given
-        arguments = _arguments(given, tensors)
-        if arguments is None:
-            return
-        if len(self._ways) >= _MOST_WAYS:
-            self.forget()
-        self._ways[known] = self._way(getattr(backends.pop(), method), arguments, options, call)
+            return None  # which backend it is, or whether it is gloo at all, is torch's to say where there are GPUs
+        arguments = _placing(given, tensors, is_strict=True)
+        at = call.operation.group_at
+        described = _placing([*args[:at], None, *args[at + 1 :]], tensors, is_strict=False)  # a group must not live on for its name
+        if arguments is None or described is None:
+            return None
+
+        def describe_and_count(tensors: list[torch.Tensor]) -> tuple[str, int]:
+            args = described(tensors)
+            return describe(args), num_bytes(args)
+
+        make = getattr(backends.pop(), method)
+        return _Kind(call=call, make=make, arguments=arguments, options=options, describe=describe_and_count)
 
     def _stays(self, value: Any) -> bool:
         """Whether an argument's identity is its own for good, or until `forget`."""
         is_fixed = value is None or isinstance(value, (bool, dist.ReduceOp.RedOpType)) or type(value) is int and value in _SMALL
         return is_fixed or self._interceptor.groups.find_current(value) is not None
 
-    def _way(self, make: Callable[..., Any], arguments: Callable[[list[torch.Tensor]], list[Any]], options: Any, call: Call) -> _Way:
-        """What makes a call again; torch's functions give nothing where their caller waits."""
-        it, board, text, is_async = self._interceptor, self._interceptor.board, call.text, options.asyncOp
-        is_checked = it.is_checked
+    def _way(self, kind: _Kind, tensors: list[torch.Tensor]) -> _Way:
+        """What makes calls of a kind with tensors of these shapes; torch's functions give nothing where their caller waits."""
+        it, board, is_async, is_checked = self._interceptor, self._interceptor.board, kind.options.asyncOp, self._interceptor.is_checked
+        make, arguments, options = kind.make, kind.arguments, kind.options
+        text, size = kind.describe(tensors)
+        call = kind.call.as_of(text, size)
         begun = AreaState.NOWHERE if is_async else AreaState.ON_BOARD if is_checked else AreaState.IN_GLOO
         met = AreaState.NOWHERE if is_async else AreaState.IN_GLOO
         post, index = Post.of(text, call.place, call.line), LEDGER_NAMES.index(call.operation.name)
-        begin, end = board.prepared(it.rank, call.key, post, index, call.num_bytes, begun, is_awaited=is_checked)
+        begin, end = board.prepared(it.rank, call.key, post, index, size, begun, is_awaited=is_checked)
         get_thread, main_thread, now = threading.get_ident, it.main_thread, time.monotonic_ns
         is_awake, stay_awake, wait, limit = it.awake.is_wanted, it.awake.wait, it.wait_of_torch, leaving.SLICE
 
@@ -305,14 +345,32 @@ def _each(*values: Any) -> Iterator[Any]:
         yield from value if type(value) is list else (value,)
 
 
-def _arguments(given: list[Any], tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], list[Any]] | None:
-    """What puts a call's tensors where these are in what gloo was given; None where it was given others, or one of them twice."""
+def _kind_of(known: _Known) -> _Known:
+    """The same of all shapes."""
+    return tuple([one for one in known if type(one) is not torch.Size])
+
+
+def _placing(
+    given: Sequence[Any], tensors: list[torch.Tensor], *, is_strict: bool
+) -> Callable[[list[torch.Tensor]], tuple[Any, ...]] | None:
+    """What puts other tensors where these are among arguments.
+
+    Returns:
+        None where one of them is there twice: which of two is meant would be a guess; with `is_strict` also where there are others.
+    """
     places = {id(tensor): f"tensors[{place}]" for place, tensor in enumerate(tensors)}
+    held: dict[str, Any] = {}
+    is_other = len(places) < len(tensors)
 
     def text(value: Any) -> str:
-        return f"[{', '.join(map(text, value))}]" if isinstance(value, (list, tuple)) else places.get(id(value)) or repr(int(value))
+        nonlocal is_other
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(map(text, value))}]"
+        if id(value) in places:
+            return places[id(value)]
+        is_other |= is_strict and isinstance(value, torch.Tensor)
+        held[name := f"held_{len(held)}"] = value
+        return name
 
-    try:
-        return eval(f"lambda tensors: {text(given)}") if len(places) == len(tensors) else None  # as quick as written by hand
-    except (TypeError, ValueError):
-        return None
+    source = f"lambda tensors: ({' '.join(text(value) + ',' for value in given)})"
+    return None if is_other else eval(source, held)  # as quick as written by hand
