@@ -320,6 +320,22 @@ def test_an_error_of_gloo_in_a_call_that_was_made_before_is_the_ranks_own(own):
     own.execute("step(); step()", timeout_s=15)
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ("dist.broadcast(torch.ones(2), src=9)", "RuntimeError: ProcessGroupGloo::broadcast: invalid root rank: 9"),
+        ("dist.all_gather([torch.ones(1)] * 2, 3)", "TypeError: Invalid function argument"),
+        ("dist.all_to_all_single(torch.ones(2), torch.ones(3), [1, 1], [1, 1])", "RuntimeError: "),
+    ],
+)
+def test_an_error_of_torchs_own_shows_the_users_line_and_torchs(own, call, said):
+    with pytest.raises(wb.RankFailed) as caught:
+        own.execute(f"def step():\n    {call}\nfor i in range(3):\n    step()", timeout_s=15)
+    text = str(caught.value)
+    assert said in text and f"----> 2     {call}" in text and "distributed_c10d.py" in text
+    assert "workbench/ranks" not in text and "During handling" not in text
+
+
 def test_a_group_that_was_destroyed_is_torchs_to_refuse(own):
     own.execute(
         "mine = dist.new_group([0, 1])\nheld = mine\ndef step(group): dist.all_reduce(torch.ones(2), group=group)\nstep(mine); step(mine)"

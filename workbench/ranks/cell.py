@@ -19,6 +19,7 @@ from workbench.ranks.messages import CellError
 __all__ = ["file_of", "frames_of", "names_of", "run_source", "tell"]
 
 _PACKAGE = __file__.rpartition("/ranks/")[0] + "/"
+_HAND_ON = tuple(f"{_PACKAGE}ranks/{name}.py" for name in ("futures", "intercept", "known_groups", "leaving", "operations", "shortcut"))
 _MOST_NAMES = 40
 _AROUND = 2  # lines before and behind the one that failed
 _LONGEST_NAME = 200  # characters of a repr in RankFailed.locals
@@ -73,7 +74,7 @@ def _traceback(error: BaseException) -> str:
         told.stack = _down_to_the_call(told.stack)
     one: traceback.TracebackException | None = told
     while one is not None:
-        one.stack = _Frames(one.stack)
+        one.stack = _Frames(_without_who_hands_on(one.stack, one.exc_type))
         one = one.__cause__ or one.__context__
     text = "".join(told.format()).rstrip()
     if isinstance(error, WorkbenchError):  # its text of several lines stands above the traceback already
@@ -86,6 +87,15 @@ def _down_to_the_call(stack: traceback.StackSummary) -> traceback.StackSummary:
     """A stack without the libraries' frames at its end: the workbench refused what the user's own last line called."""
     own = [at for at, frame in enumerate(stack) if not frame.filename.startswith((_PACKAGE, sys.prefix, sys.base_prefix))]
     return traceback.StackSummary.from_list(stack[: own[-1] + 1]) if own else stack
+
+
+def _without_who_hands_on(stack: traceback.StackSummary, kind: type[BaseException] | None) -> traceback.StackSummary:
+    """A stack without those of our frames that stand between the user's call of torch and torch's own, or gloo's."""
+    is_of_cpp = kind is not None and issubclass(kind, RuntimeError)
+    last = len(stack) if is_of_cpp else max((at for at, frame in enumerate(stack) if not frame.filename.startswith(_PACKAGE)), default=-1)
+    return traceback.StackSummary.from_list(
+        [frame for at, frame in enumerate(stack) if at > last or not frame.filename.startswith(_HAND_ON)]
+    )
 
 
 class _Frames(traceback.StackSummary):

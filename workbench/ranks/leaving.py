@@ -99,15 +99,14 @@ def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], 
         RuntimeError: the collective failed.
     """
     while True:
-        try:
+        with suppress(RuntimeError):
             wait(work, SLICE)
             return True
-        except RuntimeError:
-            if work.is_completed():  # its own error, or it ended just after the slice was over
-                wait(work)
-                return True
-            if should_leave():
-                return False
+        if work.is_completed():  # its own error, or it ended just after the slice was over
+            wait(work)
+            return True
+        if should_leave():
+            return False
 
 
 def work_of(future: torch.futures.Future[Any]) -> Any:
