@@ -1,64 +1,81 @@
-"""What watching and checking collectives costs: an all_reduce with the check on, off (board and ledger alone), and in plain torch.
+"""What watching and checking collectives costs: calls with the check on, off (board and ledger alone), and in plain torch.
 
 Seconds of a call, and processor time of the thread that makes it, beside plain torch in processes of its own. With more ranks than cores
 a call takes as long as all ranks of a core together; where every rank has a core it waits awake, which costs processor time and saves more.
-A call is quicker from its second time on (`workbench.ranks.shortcut`); one made anew each time is timed too, by the same limits.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from statistics import median
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from benchmarks.line import Line, Reach
 from benchmarks.peers import run_peer, torchrun
+from workbench.cores import num_usable_cores
 
-__all__ = ["CollectivesResult", "Timing", "measure", "seconds_per_call"]
+__all__ = ["CollectivesResult", "Timing", "Way", "measure", "seconds_per_call"]
 
 SMALL_BYTES, LARGE_BYTES = 4, 1_000_000
 _MOST_ADDED_US = 50.0  # by board and ledger to a small call
 _MOST_SHARE_LARGE = 1.01  # of plain torch's time for a large one
 _MOST_SHARE_CHECKED = 1.6  # of plain torch's time for a small one, with the check
+_NUM_BATCHES = 5
+_MOST_DIMENSIONS = 60  # of a tensor, nearly
+
+
+class Way(StrEnum):
+    """How a call is made.
+
+    The last passes torch's functions by, as C++ does that calls a process group: so the workbench meets it in torch's dispatcher alone.
+    """
+
+    AGAIN = "all_reduce"
+    OF_OTHER_SHAPES = "all_reduce, each of another shape"
+    ASYNCHRONOUS = "all_reduce, async_op=True"
+    OF_LISTS = "all_gather"
+    AS_CPP = "all_reduce, as from C++"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Seconds of one all_reduce on rank 0, a number a batch of calls.
+    """Seconds of one call on rank 0, a number a batch of calls.
 
     Attributes:
-        anew_s: without the check, each as if it were the first of its kind.
+        with_check_s: of calls that a loop makes again, alone.
         without_check_cpu_s, plain_cpu_s: processor time of the thread that makes it.
     """
 
+    way: Way
     num_ranks: int
     num_bytes: int
-    with_check_s: tuple[float, ...]
+    with_check_s: tuple[float, ...] = ()
     without_check_s: tuple[float, ...]
-    anew_s: tuple[float, ...]
     plain_s: tuple[float, ...]
     without_check_cpu_s: tuple[float, ...]
     plain_cpu_s: tuple[float, ...]
 
     def lines(self) -> list[Line]:
         """Medians beside plain torch, and their difference."""
-        on, off, anew, plain = (1e6 * median(s) for s in (self.with_check_s, self.without_check_s, self.anew_s, self.plain_s))
+        off, plain = (1e6 * median(s) for s in (self.without_check_s, self.plain_s))
         is_small = self.num_bytes < LARGE_BYTES
-        checked = Reach(limit=_MOST_SHARE_CHECKED) if is_small else None
-        watched = None if is_small else Reach(limit=_MOST_SHARE_LARGE)
-        what = f"all_reduce of {self.num_bytes:,} bytes, {self.num_ranks} ranks"
-        lines = [
-            Line(what=f"{what}, check on", unit="us", ours=on, theirs=plain, peer="plain torch", reach=checked),
-            Line(what=f"{what}, check off: ledger alone", unit="us", ours=off, theirs=plain, peer="plain torch", reach=watched),
-        ]
-        lines.append(Line(what=f"{what}, check off: made anew", unit="us", ours=anew, theirs=plain, peer="plain torch", reach=watched))
+        is_judged = self.way is not Way.AS_CPP or self.num_ranks <= num_usable_cores()
+        what = f"{self.way} of {self.num_bytes:,} bytes, {self.num_ranks} ranks"
+        lines = []
+        if self.with_check_s:
+            reach = Reach(limit=_MOST_SHARE_CHECKED) if is_small else None
+            on = 1e6 * median(self.with_check_s)
+            lines.append(Line(what=f"{what}, check on", unit="us", ours=on, theirs=plain, peer="plain torch", reach=reach))
+        reach = None if is_small or not is_judged else Reach(limit=_MOST_SHARE_LARGE)
+        lines.append(Line(what=f"{what}, check off: ledger alone", unit="us", ours=off, theirs=plain, peer="plain torch", reach=reach))
         if is_small:
-            reach = Reach(limit=_MOST_ADDED_US, is_ours=True)
+            reach = Reach(limit=_MOST_ADDED_US, is_ours=True) if is_judged else None
             lines.append(Line(what=f"{what}: added by the ledger", unit="us", ours=max(off - plain, 0.0), reach=reach))
-            lines.append(Line(what=f"{what}: added when made anew", unit="us", ours=max(anew - plain, 0.0), reach=reach))
         of_rank = 1e6 * (median(self.without_check_cpu_s) - median(self.plain_cpu_s))
         lines.append(Line(what=f"{what}: processor time added to a rank", unit="us", ours=of_rank))
         return lines
@@ -72,11 +89,11 @@ class CollectivesResult:
         return [line for timing in self.timings for line in timing.lines()]
 
 
-def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int, is_anew: bool = False) -> tuple[list[float], list[float]]:
-    """Seconds, and seconds of processor time, of one all_reduce over the default group, a number a batch; runs in a rank, with one thread.
+def seconds_per_call(way: Way, num_bytes: int, *, num_calls: int, num_batches: int) -> tuple[list[float], list[float]]:
+    """Seconds, and seconds of processor time, of one call over the default group, a number a batch; runs in a rank, with one thread.
 
     Small ones are made in 3 times as many batches of `num_calls`, since what they take changes with how deeply the cores sleep between
-    them; large ones in batches of a fifth. With `is_anew` each is described and placed again, as one that differs from those before.
+    them; large ones in batches of a fifth.
     """
     import torch
     import torch.distributed as dist
@@ -87,42 +104,65 @@ def seconds_per_call(num_bytes: int, *, num_calls: int, num_batches: int, is_ane
     found, processor = [], []
     num_batches, num_calls = (3 * num_batches, num_calls) if num_bytes < LARGE_BYTES else (num_batches, max(1, num_calls // 5))
     for _ in range(1 + num_batches):
+        calls = itertools.islice(_calls(way, tensor), num_calls)
+        next(calls)()
         dist.barrier()
-        start_s, start_cpu_s = time.perf_counter(), time.thread_time()
-        for _ in range(num_calls):
-            dist.all_reduce(tensor=tensor) if is_anew else dist.all_reduce(tensor)  # by its name a tensor takes no shortcut
+        num_made, start_s, start_cpu_s = 0, time.perf_counter(), time.thread_time()
+        for call in calls:
+            call()
             tensor.fill_(1.0)
-        processor.append((time.thread_time() - start_cpu_s) / num_calls)
-        found.append((time.perf_counter() - start_s) / num_calls)
+            num_made += 1
+        processor.append((time.thread_time() - start_cpu_s) / num_made)
+        found.append((time.perf_counter() - start_s) / num_made)
     torch.set_num_threads(num_threads)
     return found[1:], processor[1:]  # the first warms up
 
 
+def _calls(way: Way, tensor: Any) -> Iterator[Callable[[], Any]]:
+    """What makes one call after another; those of other shapes come to an end."""
+    import torch
+    import torch.distributed as dist
+
+    if way is Way.OF_OTHER_SHAPES:
+        line = eval(compile("lambda tensor: dist.all_reduce(tensor)", "<a line of its own>", "eval"), {"dist": dist})  # no shape is known
+        return (functools.partial(line, tensor.view(*[1] * num, -1)) for num in range(_MOST_DIMENSIONS))
+    gathered = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    world = dist.group.WORLD
+    assert world is not None
+    made = {
+        Way.AGAIN: lambda: dist.all_reduce(tensor),
+        Way.ASYNCHRONOUS: lambda: dist.all_reduce(tensor, async_op=True).wait(),
+        Way.OF_LISTS: lambda: dist.all_gather(gathered, tensor),
+        Way.AS_CPP: lambda: world.allreduce([tensor]).wait(),
+    }
+    return itertools.repeat(made[way])
+
+
 def measure(
-    *, world_sizes: Sequence[int] = (2, 4, 8), sizes: Sequence[int] = (SMALL_BYTES, LARGE_BYTES), num_calls: int = 100, repeats: int = 9
+    *, world_sizes: Sequence[int] = (2, 4, 8), sizes: Sequence[int] = (SMALL_BYTES, LARGE_BYTES), num_calls: int = 60, repeats: int = 9
 ) -> CollectivesResult:
-    """Time all four ways in turns, each time in fresh processes: how those fall on the cores differs more than the calls of one run."""
+    """Time ours and torch's in turns, each time in fresh processes: how those fall on the cores differs more than the calls of one run."""
     timings = []
     for num_ranks in world_sizes:
         rounds = [
             (
                 _ours(num_ranks, sizes, num_calls, is_checked=True),
                 _ours(num_ranks, sizes, num_calls, is_checked=False),
-                _ours(num_ranks, sizes, num_calls, is_checked=False, is_anew=True),
                 _plain(num_ranks, sizes, num_calls),
             )
             for _ in range(repeats)
         ]
-        for size in sizes:
-            found = [_all_of([way[size] for way in ways]) for ways in zip(*rounds, strict=True)]
-            (on, _), (off, off_cpu), (anew, _), (plain, plain_cpu) = found
+        for size, way in itertools.product(sizes, Way):
+            (on, _), (off, off_cpu), (plain, plain_cpu) = (
+                _all_of([one.get((way, size), ((), ())) for one in r]) for r in zip(*rounds, strict=True)
+            )
             timings.append(
                 Timing(
+                    way=way,
                     num_ranks=num_ranks,
                     num_bytes=size,
                     with_check_s=on,
                     without_check_s=off,
-                    anew_s=anew,
                     plain_s=plain,
                     without_check_cpu_s=off_cpu,
                     plain_cpu_s=plain_cpu,
@@ -131,7 +171,6 @@ def measure(
     return CollectivesResult(timings=tuple(timings))
 
 
-_NUM_BATCHES = 5
 _Timed: TypeAlias = tuple[Sequence[float], Sequence[float]]  # seconds, and those of the processor
 
 
@@ -139,15 +178,16 @@ def _all_of(runs: Sequence[_Timed]) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(s for seconds, _ in runs for s in seconds), tuple(s for _, processor in runs for s in processor)
 
 
-def _ours(num_ranks: int, sizes: Sequence[int], num_calls: int, *, is_checked: bool, is_anew: bool = False) -> dict[int, _Timed]:
+def _ours(num_ranks: int, sizes: Sequence[int], num_calls: int, *, is_checked: bool) -> dict[tuple[Way, int], _Timed]:
     import workbench as wb
 
-    timed = functools.partial(seconds_per_call, num_calls=num_calls, num_batches=_NUM_BATCHES, is_anew=is_anew)
+    timed = functools.partial(seconds_per_call, num_calls=num_calls, num_batches=_NUM_BATCHES)
     with wb.launch(num_ranks, check_collectives=is_checked) as cluster:
-        return {size: cluster.run(timed, size)[0] for size in sizes}
+        ways = (Way.AGAIN,) if is_checked else Way
+        return {(way, size): cluster.run(timed, way, size)[0] for size in sizes for way in ways}
 
 
-def _plain(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[int, _Timed]:
+def _plain(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[tuple[Way, int], _Timed]:
     numbers = [str(n) for n in (num_calls, _NUM_BATCHES, *sizes)]
-    answer = run_peer(torchrun(num_ranks, "benchmarks.peers.torchrun_ranks", *numbers))
-    return {size: answer.values["seconds"][str(size)] for size in sizes}
+    seconds = run_peer(torchrun(num_ranks, "benchmarks.peers.torchrun_ranks", *numbers)).values["seconds"]
+    return {(way, size): seconds[str(size)][way] for size in sizes for way in Way}

@@ -69,30 +69,41 @@ def test_scatter():
 
 def test_collectives():
     result = collectives.measure(world_sizes=(2,), sizes=(64, 4096), num_calls=5, repeats=1)
-    assert [(timing.num_ranks, timing.num_bytes) for timing in result.timings] == [(2, 64), (2, 4096)]
-    assert all(0 < s < 1 for t in result.timings for way in (t.with_check_s, t.without_check_s, t.anew_s, t.plain_s) for s in way)
-    assert all(0 < s < 1 for t in result.timings for way in (t.without_check_cpu_s, t.plain_cpu_s) for s in way)
+    made = [(t.way, t.num_ranks, t.num_bytes) for t in result.timings]
+    assert made == [(way, 2, size) for size in (64, 4096) for way in collectives.Way]
+    assert [len(t.with_check_s) > 0 for t in result.timings] == [t.way is collectives.Way.AGAIN for t in result.timings]
+    for timing in result.timings:
+        both = (timing.without_check_s, timing.plain_s, timing.without_check_cpu_s, timing.plain_cpu_s)
+        assert all(len(one) == 15 and 0 < min(one) <= max(one) < 1 for one in both)
 
 
-def test_collectives_have_to_reach_what_was_promised():
-    def verdicts(num_bytes: int, *us: float) -> list[tuple[float, str]]:
-        on, off, anew, plain = ((1e-6 * one,) for one in us)
+def test_collectives_have_to_reach_what_was_promised(monkeypatch):
+    def verdicts(way: collectives.Way, num_bytes: int, *us: float) -> list[tuple[float, str]]:
+        on, off, plain = ((1e-6 * one,) for one in us)
         timing = collectives.Timing(
+            way=way,
             num_ranks=2,
             num_bytes=num_bytes,
-            with_check_s=on,
+            with_check_s=on if way is collectives.Way.AGAIN else (),
             without_check_s=off,
-            anew_s=anew,
             plain_s=plain,
             without_check_cpu_s=off,
             plain_cpu_s=plain,
         )
         return [(round(line.ours), str(line.verdict)) for line in timing.lines()]
 
-    assert verdicts(4, 159, 149, 151, 100) == [(159, "reached"), (149, ""), (151, ""), (49, "reached"), (51, "short"), (49, "")]
-    assert verdicts(4, 161, 151, 149, 100) == [(161, "short"), (151, ""), (149, ""), (51, "short"), (49, "reached"), (51, "")]
-    assert verdicts(1_000_000, 2000, 1009, 1011, 1000) == [(2000, ""), (1009, "reached"), (1011, "short"), (9, "")]
-    assert verdicts(1_000_000, 2000, 1011, 1009, 1000) == [(2000, ""), (1011, "short"), (1009, "reached"), (11, "")]
+    again, *others = collectives.Way
+    assert verdicts(again, 4, 159, 149, 100) == [(159, "reached"), (149, ""), (49, "reached"), (49, "")]
+    assert verdicts(again, 4, 161, 151, 100) == [(161, "short"), (151, ""), (51, "short"), (51, "")]
+    assert verdicts(again, 1_000_000, 2000, 1009, 1000) == [(2000, ""), (1009, "reached"), (9, "")]
+    for way in others:
+        assert verdicts(way, 4, 0, 149, 100) == [(149, ""), (49, "reached"), (49, "")]
+        assert verdicts(way, 4, 0, 151, 100) == [(151, ""), (51, "short"), (51, "")]
+        assert verdicts(way, 1_000_000, 0, 1011, 1000) == [(1011, "short"), (11, "")]
+    monkeypatch.setattr(collectives, "num_usable_cores", lambda: 1)  # ranks share it, and with it what each takes
+    assert verdicts(collectives.Way.AS_CPP, 4, 0, 151, 100) == [(151, ""), (51, ""), (51, "")]
+    assert verdicts(collectives.Way.AS_CPP, 1_000_000, 0, 1011, 1000) == [(1011, ""), (11, "")]
+    assert verdicts(collectives.Way.ASYNCHRONOUS, 4, 0, 151, 100) == [(151, ""), (51, "short"), (51, "")]
 
 
 def test_groups():
