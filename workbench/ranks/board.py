@@ -119,6 +119,7 @@ class Post(NamedTuple):
     line: int
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # most calls are made again
     def of(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
         """`compared` must be equal on all members, where that is not the text itself."""
         data = text.encode()[: _TEXT - 1]

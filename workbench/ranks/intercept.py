@@ -272,6 +272,11 @@ class Interceptor:
         self.board.reset(self.rank)
 
     @property
+    def is_in_engine(self) -> bool:
+        """Whether an in-rank engine is at work, or being made."""
+        return bool(self._engines)
+
+    @property
     def is_in_hook(self) -> bool:
         """Whether this thread is in a communication hook of DDP, for whose works C++ waits."""
         return self._local.is_in_hook
