@@ -3,7 +3,6 @@
     user code -> c10d operator -> here: post on the board, wait for peers, compare -> gloo -> note in the ledger
     the same call again, from Python: `shortcut`, which passes torch and this file by
     work.wait(), wait_tensor of an asynchronous call -> here: wait for peers, compare -> gloo   (its future: work.wait first, see `futures`)
-    dist.new_group ---------------------------------> here: wait for the whole world -> torch
 
 Blocking collectives wait on the board, where a stop reaches them without harm. Asynchronous ones are posted and compared at once, and
 wait there when their work is waited for; gloo has begun by then, so a stop shuts its connections. Those of DDP, whose order is the same on
@@ -20,8 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -36,10 +34,11 @@ from workbench.ranks.board import AreaState, Board, Post, Stopped
 from workbench.ranks.calls import Call, KnownGroup, mismatch_text, place_of, user_frame
 from workbench.ranks.futures import Futures
 from workbench.ranks.known_groups import KnownGroups
+from workbench.ranks.leaving import Freed
+from workbench.ranks.making_groups import MakingGroups
 from workbench.ranks.messages import ANY_SOURCE
 from workbench.ranks.operations import (
     LEDGER_NAMES,
-    NEW_GROUP,
     OPERATIONS,
     Operation,
     num_bytes,
@@ -51,7 +50,7 @@ from workbench.ranks.shortcut import Shortcut
 from workbench.ranks.stateless_gloo import is_stateless_gloo
 from workbench.ranks.tape import current_writer
 
-__all__ = ["Freed", "Hook", "Interceptor", "dropped"]
+__all__ = ["Hook", "Interceptor", "dropped"]
 
 T = TypeVar("T")
 
@@ -67,10 +66,6 @@ _UNKNOWN = KnownGroup(key=0, name="", ranks=(), generation=-1)
 _LARGE = 1 << 20  # bytes; a smaller message hardly stays in its middle, and would be a fifth slower
 _DEAF_S = 0.2  # after its connections were shut gloo raises within milliseconds, or not at all
 _MOST_IN_FLIGHT = 1024  # asynchronous calls that are remembered until they are waited for; the oldest go first
-
-
-class Freed(KeyboardInterrupt):
-    """This rank was freed from a collective because its cell was stopped."""
 
 
 class Hook(Protocol):
@@ -97,13 +92,6 @@ def dropped(name: str, args: tuple[Any, ...]) -> Any:
 def _storages(tensors: Any) -> frozenset[int]:
     """Where the tensors of an argument lie."""
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors_in(tensors))
-
-
-def _destroy(made: Future[Any]) -> None:
-    """A group that came to be after nobody wanted it any more."""
-    if made.exception() is None and isinstance(made.result(), tuple):
-        with suppress(Exception):
-            dist.destroy_process_group(made.result()[0])
 
 
 class _Busy:
@@ -186,8 +174,7 @@ class Interceptor:
         self._libraries.append(library)
         setattr(dist.Work, "wait", self._waiting(dist.Work.wait))  # noqa: B010  a plain assignment is refused by the type of a method
         Futures(lambda work: id(work) in self._in_flight).install()
-        c10d._new_process_group_helper = self._making_groups(c10d._new_process_group_helper)
-        c10d._new_group_with_tag = self._in_one_piece(c10d._new_group_with_tag)
+        MakingGroups(self).install()
         for name in ("send", "recv"):
             wrapped = self._blocking(getattr(c10d, name))
             setattr(c10d, name, wrapped)
@@ -272,9 +259,9 @@ class Interceptor:
         self.board.reset(self.rank)
 
     @property
-    def is_in_engine(self) -> bool:
-        """Whether an in-rank engine is at work, or being made."""
-        return bool(self._engines)
+    def engine_connections(self) -> set[sockets.Connection] | None:
+        """Those of the in-rank engine that is at work, or being made; None where none is."""
+        return self._engines[-1] if self._engines else None
 
     @property
     def is_in_hook(self) -> bool:
@@ -301,52 +288,6 @@ class Interceptor:
         """The driver wants the cell to end."""
         return self.is_interrupt_pending or self.is_abandoned or self.board.is_stopped(self.rank)
 
-    # -- groups -------------------------------------------------------------------------------------------------------------------------
-
-    def _making_groups(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(make)
-        def helper(
-            group_size: int, group_rank: int, ranks: Sequence[int], backend: Any, store: Any, name: str, *args: Any, **kw: Any
-        ) -> Any:
-            if self._engines:
-                before = sockets.connections()
-                made = make(group_size, group_rank, ranks, backend, store, name, *args, **kw)
-                self._engines[-1].update(sockets.connections() - before)
-                return made
-            self._gather_to_make(ranks, name)
-            with self.busy():  # a signal waits: all others would have the group, and this rank not
-                before = sockets.connections()
-                made = self._make_aside(lambda: make(group_size, group_rank, ranks, backend, store, name, *args, **kw))
-                process_group = made[0] if isinstance(made, tuple) else made
-                if isinstance(process_group, dist.ProcessGroup):
-                    self.groups.learn(process_group, tuple(ranks), kw.get("group_desc"), sockets.connections() - before)
-            return made
-
-        return helper
-
-    def _in_one_piece(self, make: Callable[..., Any]) -> Callable[..., Any]:
-        """A signal waits: torch counts groups to name them, and a rank that was cut there would name its next ones in another way."""
-
-        @functools.wraps(make)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with self.busy():
-                return make(*args, **kwargs)
-
-        return wrapped
-
-    def _make_aside(self, make: Callable[[], Any]) -> Any:
-        """Make a group in a thread, which can be left: gloo waits for a rank that died meanwhile until its own limit, and cannot be woken.
-
-        Raises:
-            Freed: the last step of a stop came, or the generation was abandoned; a new generation follows.
-        """
-        try:
-            return leaving.aside(make, name="forming", should_leave=lambda: self.was_shut or self.is_abandoned)
-        except leaving.Left as left:
-            self.has_left_one = True
-            left.made.add_done_callback(_destroy)
-            raise Freed("freed while a group was made: the cell was stopped") from None
-
     def carries(self, process_group: Any) -> bool:
         """Whether announcements of this group go over the board."""
         return self.groups.find_current(process_group) is not None
@@ -354,24 +295,6 @@ class Interceptor:
     def shares(self, process_group: Any) -> bool:
         """Whether large bytes may go beside gloo too; tapes and faults want to see them in calls of torch."""
         return not self.hooks and self.carries(process_group)
-
-    def _gather_to_make(self, ranks: Sequence[int], name: str) -> None:
-        """Meet the whole world before a group is made: torch's own wait for a rank that does not come can neither be seen nor stopped."""
-        world = self.groups.find_current(dist.group.WORLD) if dist.is_initialized() else None
-        is_for_all = name.isdigit()  # a hashed name is of a group that only its members make
-        if world is None or not is_for_all or len(ranks) < 2:
-            return
-        text = f"new_group(ranks={list(ranks)})"
-        line, place = place_of(user_frame(1)[0], text)
-        call = Call(operation=NEW_GROUP, group=world, key=world.key, peers=world.peers, text=text, line=line, place=place)
-        try:
-            with self.busy():
-                self.meet(self._post(call, AreaState.ON_BOARD), waits=True)
-        except BaseException:
-            c10d._world.group_count -= 1  # else this rank would name its next group otherwise than its peers
-            raise
-        finally:
-            self.board.move(self.rank, AreaState.NOWHERE)
 
     # -- collectives --------------------------------------------------------------------------------------------------------------------
 
@@ -439,14 +362,14 @@ class Interceptor:
         started = time.monotonic_ns()
         meets = self.is_checked or is_waited_in_cpp  # C++ waits for those of DDP, where nobody sees it
         if meets:
-            call = self._post(self._describe(operation, group, args, frame), AreaState.NOWHERE if is_later else AreaState.ON_BOARD)
+            call = self.post(self._describe(operation, group, args, frame), AreaState.NOWHERE if is_later else AreaState.ON_BOARD)
             self.meet(call, waits=not is_later)
             self.board.move(self.rank, state)
             arrived = time.monotonic_ns()
         try:
             out = onward()
             if not meets:  # what is written down now costs little: gloo works meanwhile
-                call = self._post(self._describe(operation, group, args, frame), state, is_awaited=False)
+                call = self.post(self._describe(operation, group, args, frame), state, is_awaited=False)
                 arrived = started
             work = dist.Work.unbox(out[-1] if isinstance(out, tuple) else out)
             if has_stand_in:
@@ -524,7 +447,7 @@ class Interceptor:
             started = arrived = time.monotonic_ns()
             try:
                 if not is_dropped:
-                    call = self._post(call, AreaState.ON_BOARD, memoryview(data))
+                    call = self.post(call, AreaState.ON_BOARD, memoryview(data))
                     self.meet(call, waits=True)
                     arrived = time.monotonic_ns()
                     self._read_announced(call, rows)
@@ -586,7 +509,7 @@ class Interceptor:
             operation=operation, group=group, key=key, peers=peers, sources=sources, text=text, line=line, place=place, called=called
         )
 
-    def _post(self, call: Call, state: AreaState, data: memoryview | None = None, *, is_awaited: bool = True) -> Call:
+    def post(self, call: Call, state: AreaState, data: memoryview | None = None, *, is_awaited: bool = True) -> Call:
         """Put a call on the board, which gives it its number; an announcement stands there as a whole."""
         shown = call.text if call.called is None else call.shown
         post = Post.of(shown, call.place, call.line, compared=call.text)

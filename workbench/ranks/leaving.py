@@ -20,12 +20,16 @@ from typing import Any, TypeVar
 import torch
 from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]  # missing in torch's stubs
 
-__all__ = ["SLICE", "Helper", "Left", "StandIn", "aside", "outlast", "work_of"]
+__all__ = ["SLICE", "Freed", "Helper", "Left", "StandIn", "aside", "outlast", "work_of"]
 
 T = TypeVar("T")
 
 _LOOK_S = 0.05
 SLICE = timedelta(seconds=0.1)
+
+
+class Freed(KeyboardInterrupt):
+    """This rank was freed from a collective because its cell was stopped."""
 
 
 class Left(Exception):

@@ -43,7 +43,8 @@ from workbench.ranks.config import RankConfig
 from workbench.ranks.current import Current, set_current
 from workbench.ranks.digest import Digest, digest_of
 from workbench.ranks.group import Group
-from workbench.ranks.intercept import Freed, Interceptor
+from workbench.ranks.intercept import Interceptor
+from workbench.ranks.leaving import Freed
 from workbench.ranks.messages import (
     Abandon,
     CellDone,

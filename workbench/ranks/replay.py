@@ -34,7 +34,8 @@ from workbench.ranks.current import Current, set_current
 from workbench.ranks.difference import difference, differing_elements, is_same, short
 from workbench.ranks.digest import digest_of
 from workbench.ranks.forming import use_layout
-from workbench.ranks.intercept import Freed, dropped
+from workbench.ranks.intercept import dropped
+from workbench.ranks.leaving import Freed
 from workbench.ranks.messages import Outcome, Task
 from workbench.ranks.operations import OPERATIONS, Operation, inputs_of, remember_reduce_ops, tensors_in, with_peer
 from workbench.ranks.shown import text_of

@@ -218,7 +218,7 @@ class Shortcut:
         """
         user: FrameType | None = frame
         if not is_users(frame.f_code.co_filename):
-            if called_now() is not None or self._interceptor.is_in_engine:
+            if called_now() is not None or self._interceptor.engine_connections is not None:
                 return None, known, None  # what such calls leave is kept elsewhere, or not at all
             while user is not None and not is_users(user.f_code.co_filename):
                 user = user.f_back
