@@ -101,9 +101,12 @@ def test_collectives_have_to_reach_what_was_promised(monkeypatch):
         assert verdicts(way, 4, 0, 151, 100) == [(151, ""), (51, "short"), (51, "")]
         assert verdicts(way, 1_000_000, 0, 1011, 1000) == [(1011, "short"), (11, "")]
     monkeypatch.setattr(collectives, "num_usable_cores", lambda: 1)  # ranks share it, and with it what each takes
-    assert verdicts(collectives.Way.AS_CPP, 4, 0, 151, 100) == [(151, ""), (51, ""), (51, "")]
-    assert verdicts(collectives.Way.AS_CPP, 1_000_000, 0, 1011, 1000) == [(1011, ""), (11, "")]
-    assert verdicts(collectives.Way.ASYNCHRONOUS, 4, 0, 151, 100) == [(151, ""), (51, "short"), (51, "")]
+    assert verdicts(again, 4, 161, 151, 100) == [(161, "short"), (151, ""), (51, "short"), (51, "")]
+    assert verdicts(again, 1_000_000, 2000, 1011, 1000) == [(2000, ""), (1011, "short"), (11, "")]
+    for way in others:
+        assert verdicts(way, 4, 0, 149, 100) == [(149, ""), (49, ""), (49, "reached")]
+        assert verdicts(way, 4, 0, 151, 100) == [(151, ""), (51, ""), (51, "short")]
+        assert verdicts(way, 1_000_000, 0, 1011, 1000) == [(1011, ""), (11, "")]
 
 
 def test_groups():

@@ -129,24 +129,24 @@ def test_what_the_driver_reads_is_what_was_posted(board):
 @pytest.mark.parametrize("state", [AreaState.ON_BOARD, AreaState.IN_GLOO])
 def test_what_is_prepared_leaves_the_same_as_what_is_not(board, state):
     post, is_awaited = Post.of("reduce(é)", "reduce(é)\0dist.reduce(x)".encode(), 12), state is AreaState.ON_BOARD
-    begin, end = board.prepared(0, KEY, post, 3, 40, state, is_awaited=is_awaited)
+    begin, end = board.prepared(0, KEY, 3, state, is_awaited=is_awaited)
     found = []
     for rank in range(2):
         board.enter_cell(rank, 9)
         for _ in range(5):
-            sequence = board.begin(rank, KEY, post, state, is_awaited=is_awaited) if rank else begin(time.monotonic_ns())
+            sequence = board.begin(rank, KEY, post, state, is_awaited=is_awaited) if rank else begin(time.monotonic_ns(), post)
         posted, rung = board.read(rank), board._words[rank * len(board._words) // 3]
         if rank:
             board.move(rank, AreaState.NOWHERE)
             board.note(rank, (3, KEY, sequence, 40, 100, 150, 160, 9 << 20 | 12))
         else:
-            assert end(sequence, 100, 150) == 0  # its number, to amend it
+            assert end(sequence, 100, 150, 40, 12) == 0  # its number, to amend it
         row = board.ledger_rows(rank)[-1]
         assert row[6] > row[5] >= row[4] and board.read(rank).state is AreaState.NOWHERE
         what = (posted.state, posted.cell, posted.key, posted.sequence, posted.place)
         found.append((what, rung, board.texts(KEY, 5, (rank,))[rank], row[:6], row[7], board.count(rank, KEY)))
     assert found[0] == found[1] and board.is_same(KEY, 5, "reduce(é)", (0, 1))
-    end(6, 100, None)
+    end(6, 100, None, 40, 12)
     assert board.ledger_rows(0)[-1][5] == board.ledger_rows(0)[-1][6]  # not told apart
 
 

@@ -123,7 +123,7 @@ class Post(NamedTuple):
     def of(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
         """`compared` must be equal on all members, where that is not the text itself."""
         data = text.encode()[: _TEXT - 1]
-        return cls(bytes((len(data),)) + data, _checksum(text if compared is None else compared), place, line)
+        return cls(bytes((len(data),)) + data, _checksum(text if compared is None else compared), place[:_PLACE_BYTES], line)
 
 
 def _checksum(text: str) -> int:
@@ -374,9 +374,9 @@ class Board:
         return total
 
     def prepared(
-        self, rank: int, key: int, post: Post, operation: int, num_bytes: int, state: AreaState, *, is_awaited: bool
-    ) -> tuple[Callable[[int], int], Callable[[int, int, int | None], int]]:
-        """What `begin`, `move` and `note` do for a call that is made again and again, as long as its group lives.
+        self, rank: int, key: int, operation: int, state: AreaState, *, is_awaited: bool
+    ) -> tuple[Callable[[int, Post], int], Callable[[int, int, int | None, int, int], int]]:
+        """What `begin`, `move` and `note` do for calls that are made again and again, as long as their group lives.
 
         Every name is bound here: to look one up, where other processes had the core in between, costs as much as what it stands for.
 
@@ -385,23 +385,24 @@ class Board:
             state, is_awaited: as for `begin`.
 
         Returns:
-            What begins such a call, given when it was started (ns): its number in its group; and what ends it, given both and when the
-            last peer had arrived, None where that is not told apart from the end: its number in the ledger.
+            What begins such a call, given when it was started (ns) and what is posted of it: its number in its group; and what ends it,
+            given that number, when it was started and when the last peer had arrived (None where that is not told apart from the end),
+            its bytes and line: its number in the ledger.
         """
         w, everything, memory, now, wake = self._words, self._bytes, self._map, time.monotonic_ns, self._wake_of[rank]
         base, slot, begun = rank * _AREA_WORDS, self._claim(rank, key), int(state)
         count, rings, now_in, cell, bell, total = slot + 1, slot + 2, base + _STATE, base + _CELL, base + _BELL, base + _NUM_LEDGER
         texts, places, shown, rows = (_WORD * at for at in (rings + 2 * _RING, base + _HEAD_WORDS, base + _KEY, base + _FIRST_ROW))
-        text, checksum, place, line = post.text, post.checksum, post.place[:_PLACE_BYTES], post.line
-        text_size, place_size = len(text), len(place)
         pack_shown, pack_row, row_size = _SHOWN.pack_into, _ROW.pack_into, _ROW.size
 
-        def begin(started: int) -> int:
+        def begin(started: int, post: Post) -> int:
+            text, checksum, place, line = post
+            place_size = len(place)
             sequence = w[count] + 1
             start = texts + sequence % _RING * _TEXT
             ring = rings + 2 * (sequence % _RING)
             w[ring] = 0  # as in `begin`: first and last
-            everything[start : start + text_size] = text
+            everything[start : start + len(text)] = text
             w[ring + 1] = checksum
             w[ring] = sequence
             everything[places : places + place_size] = place
@@ -412,7 +413,7 @@ class Board:
                 wake()
             return sequence
 
-        def end(sequence: int, started: int, arrived: int | None) -> int:
+        def end(sequence: int, started: int, arrived: int | None, num_bytes: int, line: int) -> int:
             ended = now()
             w[now_in] = 0
             number = w[total]

@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType, FrameType
 from typing import Any
 
@@ -64,7 +64,7 @@ class Call:
         line, place: where it was called, for the driver.
         work: what its caller waits for, when it is asynchronous; held so that torch's object keeps its identity until then.
         called: the operation of ours that makes this call.
-        storages: where the tensors lie that an asynchronous call writes: functional collectives wait for a tensor, not for the work.
+        tensors: what an asynchronous call writes, which its work holds too: functional collectives wait for a tensor, not for the work.
         num_bytes: what this rank gives, or takes in a receive; known once the call is made.
         row: number of its row in the ledger, to be completed when it was waited for; -1 where there is none.
     """
@@ -79,30 +79,32 @@ class Call:
     sequence: int = 0
     sources: Sequence[tuple[int, int]] = ()
     work: Any = None
-    storages: frozenset[int] = frozenset()
+    tensors: Any = None
     row: int = -1
     num_bytes: int = 0
     called: Called | None = None
 
     def again(self, sequence: int, work: Any, row: int) -> Call:
         """The same call, begun once more by its line; not for functional collectives, which wait for their tensors."""
-        made = self.as_of(self.text, self.num_bytes)
-        made.sequence, made.work, made.row = sequence, work, row
-        return made
-
-    def as_of(self, text: str, num_bytes: int) -> Call:
-        """A call by the same line of the same group that has not begun yet."""
-        _, separator, source = self.place.partition(b"\0")
         return Call(
             operation=self.operation,
             group=self.group,
             key=self.key,
             peers=self.peers,
-            text=text,
+            text=self.text,
             line=self.line,
-            place=text.encode() + separator + source,
-            num_bytes=num_bytes,
+            place=self.place,
+            sequence=sequence,
+            work=work,
+            row=row,
+            num_bytes=self.num_bytes,
         )
+
+    def as_of(self, text: str, num_bytes: int) -> Call:
+        """A call with another text by the same line, which has not begun yet."""
+        _, separator, source = self.place.partition(b"\0")
+        place = text.encode() + separator + source
+        return replace(self, text=text, place=place, num_bytes=num_bytes, sequence=0, work=None, row=-1, tensors=None)
 
     @property
     def is_announcement(self) -> bool:

@@ -89,6 +89,11 @@ def dropped(name: str, args: tuple[Any, ...]) -> Any:
     return (args[0], work) if num_returns == 2 else work
 
 
+def _yes() -> bool:
+    """What `Work.wait` gives."""
+    return True
+
+
 def _storages(tensors: Any) -> frozenset[int]:
     """Where the tensors of an argument lie."""
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors_in(tensors))
@@ -377,7 +382,7 @@ class Interceptor:
                 self._keep(stand_in)
                 out = (*out[:-1], stand_in.boxed) if isinstance(out, tuple) else stand_in.boxed
             if is_later:
-                call.work, call.storages, call.row = work, _storages(args[0]), self._note(name, call, args, started, arrived)
+                call.work, call.tensors, call.row = work, args[0], self._note(name, call, args, started, arrived)
                 self.remember(call)
             elif operation.is_point_to_point:
                 call.row = self._note(name, call, args, started, arrived)
@@ -641,7 +646,9 @@ class Interceptor:
             call = self._in_flight.pop(id(work), None)
             if call is not None:
                 with self.busy():
-                    is_done = self._wait(call, lambda: wait(work, *args, **kwargs), has_limit=bool(args or kwargs))
+                    has_limit = bool(args or kwargs)
+                    has_ended = not (has_limit or call.operation.is_point_to_point)  # by then: such a call is waited for in slices
+                    is_done = self._wait(call, _yes if has_ended else lambda: wait(work, *args, **kwargs), has_limit=has_limit)
             elif self._local.is_blocking and self._local.call is not None:
                 is_done = self._wait_for_message(self._local.call, lambda: wait(work, *args, **kwargs))
             else:
@@ -662,7 +669,7 @@ class Interceptor:
         if not self._in_flight or tensor.device.type != "cpu":
             return onward()
         storage = tensor.untyped_storage().data_ptr()
-        call = next((call for call in reversed(self._in_flight.values()) if storage in call.storages), None)
+        call = next((call for call in reversed(self._in_flight.values()) if storage in _storages(call.tensors)), None)
         if call is None:
             return onward()
         self._in_flight.pop(id(call.work), None)

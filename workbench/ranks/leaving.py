@@ -103,9 +103,11 @@ def outlast(work: Any, wait: Callable[..., bool], *, should_leave: Callable[[], 
         RuntimeError: the collective failed.
     """
     while True:
-        with suppress(RuntimeError):
+        try:
             wait(work, SLICE)
             return True
+        except RuntimeError:
+            pass  # looked into outside, so that an error has no other in its story
         if work.is_completed():  # its own error, or it ended just after the slice was over
             wait(work)
             return True

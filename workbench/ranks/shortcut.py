@@ -50,7 +50,7 @@ _METHODS = {  # of a process group, which they call -> of gloo's backend
     "_reduce_scatter_base": "_reduce_scatter_base", "reduce_scatter_single": "_reduce_scatter_base",
 }  # fmt: skip
 _Known: TypeAlias = tuple[Any, ...]  # where a call stands, its tensors' dtypes and shapes, its other arguments' identities
-_Way: TypeAlias = Callable[[list[torch.Tensor]], Any]
+_Way: TypeAlias = Callable[["Call", Post, list[torch.Tensor]], Any]
 _MOST = 1024  # kinds, and ways
 _CPU = torch.device("cpu")
 _num_modes = torch._C._len_torch_dispatch_stack
@@ -77,14 +77,12 @@ class _Kind:
 
     Attributes:
         call: the one that went the long way.
-        make: the method of gloo's backend; its arguments, of such a call's tensors; the options come last.
+        way: makes such a call, described, with its tensors.
         describe: text and bytes, of such a call's tensors.
     """
 
     call: Call
-    make: Callable[..., Any]
-    arguments: Callable[[list[torch.Tensor]], Sequence[Any]]
-    options: Any
+    way: _Way
     describe: Callable[[list[torch.Tensor]], tuple[str, int]]
 
 
@@ -94,7 +92,7 @@ class Shortcut:
     def __init__(self, interceptor: Interceptor) -> None:
         self._interceptor = interceptor
         self._given = _Given()
-        self._ways: dict[_Known, _Way] = {}
+        self._ways: dict[_Known, tuple[_Way, Call, Post]] = {}
         self._kinds: dict[_Known, _Kind] = {}
         self._codes: list[CodeType] = []  # of those kinds; held so that their identities stay theirs
 
@@ -154,14 +152,15 @@ class Shortcut:
             tensor, *others = args
             frame = get_frame(1)
             known = (id(frame.f_code), frame.f_lasti, tensor.dtype, tensor.shape, *map(id, others), *kwargs, *map(id, kwargs.values()))
-            way = find(known)
-            if way is None:
-                way, known, user = look_further(known, frame, [tensor])
-                if way is None:
+            found = find(known)
+            if found is None:
+                found, known, user = look_further(known, frame, [tensor])
+                if found is None:
                     return follow(known, frame, user, onward, args, kwargs, [tensor])
             if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg():
                 return onward(*args, **kwargs)
-            return way([tensor])
+            way, described, post = found
+            return way(described, post, [tensor])
 
         return call
 
@@ -187,17 +186,18 @@ class Shortcut:
                     else:
                         what.append(id(one))
             known = tuple(what)
-            way = find(known)
-            if way is None:
-                way, known, user = look_further(known, frame, tensors)
-                if way is None:
+            found = find(known)
+            if found is None:
+                found, known, user = look_further(known, frame, tensors)
+                if found is None:
                     return follow(known, frame, user, onward, args, kwargs, tensors)
             if must_go_on():
                 return onward(*args, **kwargs)
             for one in tensors:
                 if one.requires_grad or not one.is_cpu or one.is_neg():
                     return onward(*args, **kwargs)
-            return way(tensors)
+            way, described, post = found
+            return way(described, post, tensors)
 
         return call
 
@@ -210,11 +210,14 @@ class Shortcut:
 
         return must_go_on
 
-    def _look_further(self, known: _Known, frame: FrameType, tensors: list[torch.Tensor]) -> tuple[_Way | None, _Known, FrameType | None]:
+    def _look_further(
+        self, known: _Known, frame: FrameType, tensors: list[torch.Tensor]
+    ) -> tuple[tuple[_Way, Call, Post] | None, _Known, FrameType | None]:
         """Of a library's call it counts from which line of the user's it comes.
 
         Returns:
-            A way, if a call of the kind was made before; what is known of this one; the user's frame, where the way may be kept.
+            A way, the call and its post, if one of the kind was made before; what is known of this one; the user's frame, where it may
+            be kept.
         """
         user: FrameType | None = frame
         if not is_users(frame.f_code.co_filename):
@@ -225,13 +228,15 @@ class Shortcut:
             if user is None:
                 return None, known, None
             known = (*known, id(user.f_code), user.f_lasti)
-        way = self._ways.get(known)
-        kind = self._kinds.get(_kind_of(known)) if way is None else None
+        found = self._ways.get(known)
+        kind = self._kinds.get(_kind_of(known)) if found is None else None
         if kind is not None:
             if len(self._ways) >= _MOST:
                 self._ways.clear()
-            way = self._ways[known] = self._way(kind, tensors)
-        return way, known, user
+            text, size = kind.describe(tensors)
+            call = kind.call.as_of(text, size)
+            found = self._ways[known] = kind.way, call, Post.of(text, call.place, call.line)
+        return found, known, user
 
     def _follow(
         self,
@@ -281,56 +286,52 @@ class Shortcut:
             args = described(tensors)
             return describe(args), num_bytes(args)
 
-        make = getattr(backends.pop(), method)
-        return _Kind(call=call, make=make, arguments=arguments, options=options, describe=describe_and_count)
+        way = self._way(getattr(backends.pop(), method), arguments, options, call)
+        return _Kind(call=call.as_of(call.text, call.num_bytes), way=way, describe=describe_and_count)  # without what it holds
 
     def _stays(self, value: Any) -> bool:
         """Whether an argument's identity is its own for good, or until `forget`."""
         is_fixed = value is None or isinstance(value, (bool, dist.ReduceOp.RedOpType)) or type(value) is int and value in _SMALL
         return is_fixed or self._interceptor.groups.find_current(value) is not None
 
-    def _way(self, kind: _Kind, tensors: list[torch.Tensor]) -> _Way:
-        """What makes calls of a kind with tensors of these shapes; torch's functions give nothing where their caller waits."""
-        it, board, is_async, is_checked = self._interceptor, self._interceptor.board, kind.options.asyncOp, self._interceptor.is_checked
-        make, arguments, options = kind.make, kind.arguments, kind.options
-        text, size = kind.describe(tensors)
-        call = kind.call.as_of(text, size)
+    def _way(self, make: Callable[..., Any], arguments: Callable[[list[torch.Tensor]], Sequence[Any]], options: Any, like: Call) -> _Way:
+        """What makes calls of a kind; torch's functions give nothing where their caller waits."""
+        it, board, is_async, is_checked = self._interceptor, self._interceptor.board, options.asyncOp, self._interceptor.is_checked
         begun = AreaState.NOWHERE if is_async else AreaState.ON_BOARD if is_checked else AreaState.IN_GLOO
         met = AreaState.NOWHERE if is_async else AreaState.IN_GLOO
-        post, index = Post.of(text, call.place, call.line), LEDGER_NAMES.index(call.operation.name)
-        begin, end = board.prepared(it.rank, call.key, post, index, size, begun, is_awaited=is_checked)
+        begin, end = board.prepared(it.rank, like.key, LEDGER_NAMES.index(like.operation.name), begun, is_awaited=is_checked)
         get_thread, main_thread, now = threading.get_ident, it.main_thread, time.monotonic_ns
         is_awake, stay_awake, wait, limit = it.awake.is_wanted, it.awake.wait, it.wait_of_torch, leaving.SLICE
 
-        def way(tensors: list[torch.Tensor]) -> Any:
+        def way(call: Call, post: Post, tensors: list[torch.Tensor]) -> Any:
             is_main, was_busy, arrived = get_thread() == main_thread, it.is_busy, None
             if is_main:
                 it.is_busy = True  # as in `busy`: a signal waits
             try:
                 started = now()
                 if is_checked:
-                    call.sequence = sequence = begin(started)
+                    call.sequence = sequence = begin(started, post)
                     it.meet(call, waits=not is_async)
                     board.move(it.rank, met)
                     arrived = now()
                     work = make(*arguments(tensors), options)
                 else:
                     work = make(*arguments(tensors), options)
-                    sequence = begin(started)
+                    sequence = begin(started, post)
                 if is_async:
-                    it.remember(call.again(sequence, work, end(sequence, started, arrived or started)))
+                    it.remember(call.again(sequence, work, end(sequence, started, arrived or started, call.num_bytes, call.line)))
                     return work
                 if is_awake:
                     stay_awake(work.is_completed)
                 try:
                     wait(work, limit)
                 except RuntimeError:  # an error, or it takes long
-                    it.outlast(work, text)
-                end(sequence, started, arrived)
+                    it.outlast(work, call.text)
+                end(sequence, started, arrived, call.num_bytes, call.line)
             except BaseException as error:
                 board.move(it.rank, AreaState.NOWHERE)
                 if isinstance(error, RuntimeError) and not (is_checked and arrived is None):
-                    it.tell_freed(text, error)
+                    it.tell_freed(call.text, error)
                 raise
             finally:
                 if is_main:
