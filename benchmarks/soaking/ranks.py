@@ -217,6 +217,14 @@ def _reduce_async(i: int) -> None:
     _check("asynchronous all_reduce", [int(one) for one in data], [_sum_of_ranks() + dist.get_world_size() * (i + k) for k in range(3)])
 
 
+def _gather_lists(i: int) -> None:
+    """Of seven shapes in turns, so that most were made before and some were not."""
+    size = 1 + i % 7
+    parts = [torch.empty(size, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, torch.arange(size) + dist.get_rank() + i)
+    _check("all_gather of lists", [part.tolist() for part in parts], [[rank + i + k for k in range(size)] for rank in range(len(parts))])
+
+
 def _neighbours(i: int) -> None:
     rank, size = dist.get_rank(), dist.get_world_size()
     got = torch.empty(1, dtype=torch.int64)
@@ -276,6 +284,7 @@ def _sleep(i: int) -> None:
 WORK: dict[str, Callable[[int], None]] = {
     "all_reduce": _reduce,
     "asynchronous all_reduce": _reduce_async,
+    "all_gather of lists": _gather_lists,
     "large all_reduce": _reduce_large,
     "send and recv": _neighbours,
     "objects and groups": _objects,
