@@ -276,9 +276,8 @@ class Shortcut:
         backends = {process_group._get_backend(device) for device in process_group._device_types}
         if _CPU not in process_group._device_types or len(backends) > 1:
             return None  # which backend it is, or whether it is gloo at all, is torch's to say where there are GPUs
-        arguments = _placing(given, tensors, is_strict=True)
-        at = call.operation.group_at
-        described = _placing([*args[:at], None, *args[at + 1 :]], tensors, is_strict=False)  # a group must not live on for its name
+        arguments, at = _placing(given, tensors), call.operation.group_at
+        described = _placing([*args[:at], None, *args[at + 1 :]], tensors)  # a group must not live on for its name
         if arguments is None or described is None:
             return None
 
@@ -351,27 +350,24 @@ def _kind_of(known: _Known) -> _Known:
     return tuple([one for one in known if type(one) is not torch.Size])
 
 
-def _placing(
-    given: Sequence[Any], tensors: list[torch.Tensor], *, is_strict: bool
-) -> Callable[[list[torch.Tensor]], tuple[Any, ...]] | None:
+def _placing(given: Sequence[Any], tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[Any, ...]] | None:
     """What puts other tensors where these are among arguments.
 
     Returns:
-        None where one of them is there twice: which of two is meant would be a guess; with `is_strict` also where there are others.
+        None where it would be a guess: one of them is there twice, or not at all, or stands beside others.
     """
     places = {id(tensor): f"tensors[{place}]" for place, tensor in enumerate(tensors)}
     held: dict[str, Any] = {}
-    is_other = len(places) < len(tensors)
+    found = []
 
     def text(value: Any) -> str:
-        nonlocal is_other
         if isinstance(value, (list, tuple)):
             return f"[{', '.join(map(text, value))}]"
-        if id(value) in places:
-            return places[id(value)]
-        is_other |= is_strict and isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and tensors:  # what a call without tensors gives is torch's own
+            found.append(id(value))
+            return places.get(id(value), "None")
         held[name := f"held_{len(held)}"] = value
         return name
 
     source = f"lambda tensors: ({' '.join(text(value) + ',' for value in given)})"
-    return None if is_other else eval(source, held)  # as quick as written by hand
+    return eval(source, held) if sorted(found) == sorted(map(id, tensors)) and len(places) == len(tensors) else None  # as by hand
