@@ -418,18 +418,8 @@ class Board:
             w[now_in] = 0
             number = w[total]
             where = w[cell] << 20 | line
-            pack_row(
-                memory,
-                rows + number % _LEDGER_ROWS * row_size,
-                operation,
-                key,
-                sequence,
-                num_bytes,
-                started,
-                arrived or ended,
-                ended,
-                where,
-            )
+            at = rows + number % _LEDGER_ROWS * row_size
+            pack_row(memory, at, operation, key, sequence, num_bytes, started, arrived or ended, ended, where)
             w[total] = number + 1
             return number
 
