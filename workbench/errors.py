@@ -170,7 +170,7 @@ class StaleGroupError(WorkbenchError):
 
 
 class GroupError(WorkbenchError):
-    """A collective of a `Group` or `StatelessGroup` failed, or the group is closed."""
+    """A collective failed or was given what it would misread, or its group is closed."""
 
 
 class ModelError(WorkbenchError, ValueError):

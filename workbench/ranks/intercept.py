@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 
-from workbench.errors import CollectiveMismatch
+from workbench.errors import CollectiveMismatch, GroupError
 from workbench.ranks import called as calling
 from workbench.ranks import leaving, sockets
 from workbench.ranks.awake import Awake
@@ -41,6 +41,7 @@ from workbench.ranks.operations import (
     LEDGER_NAMES,
     OPERATIONS,
     Operation,
+    misread,
     num_bytes,
     remember_reduce_ops,
     tensors_in,
@@ -352,6 +353,8 @@ class Interceptor:
 
     def _run(self, name: str, operation: Operation, group: KnownGroup, args: tuple[Any, ...], onward: Callable[[], Any]) -> Any:
         frame, is_waited_in_cpp = user_frame(3)
+        if self.is_checked:
+            self._refuse_misread(operation, args)
         if self.hooks and any([hook.before(operation, args) for hook in self.hooks]):
             call = self._describe(operation, group, args, frame)
             for hook in self.hooks:  # a tape holds it too, its tensors as they were
@@ -547,6 +550,15 @@ class Interceptor:
             return
         texts = self.board.texts(call.key, call.sequence, call.group.ranks)
         raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
+
+    def _refuse_misread(self, operation: Operation, args: tuple[Any, ...]) -> None:
+        what = misread(operation, args)
+        if what:
+            raise GroupError(
+                f"rank {self.rank}: {operation.name} was given a tensor that is not contiguous: {what}\n"
+                "gloo would read and write its storage as if it were: a wrong result, without an error\n"
+                f"hand over a copy, and copy back what it holds: y = x.contiguous(); dist.{operation.name}(y, ...); x.copy_(y)"
+            )
 
     def tell_freed(self, what: str, error: RuntimeError) -> None:
         """gloo's error is no failure of this rank's own when connections were shut, here or by a peer that was stopped too."""

@@ -23,6 +23,7 @@ __all__ = [
     "Operation",
     "describing",
     "inputs_of",
+    "misread",
     "num_bytes",
     "remember_reduce_ops",
     "tensors_in",
@@ -101,6 +102,43 @@ def _shape(dtype: torch.dtype, shape: torch.Size) -> str:
     return f"{_DTYPE_NAMES[dtype]}{list(shape)}"
 
 
+def _laid_out(value: Any) -> str:
+    """Shapes, and strides where they are not the usual ones: gloo goes through storage in its order, so they must be equal too."""
+    strides = [list(t.stride()) for t in tensors_in(value) if not t.is_contiguous() and t.layout is torch.strided]
+    return f"{_shapes(value)} strides {' '.join(map(str, strides))}" if strides else _shapes(value)
+
+
+_FLAT = {
+    "all_reduce": (0,),
+    "all_reduce_coalesced": (0,),
+    "broadcast": (0,),
+    "reduce": (0,),
+}  # arguments whose elements gloo counts by storage
+_CONTIGUOUS = {"scatter": (0, 1), "reduce_scatter": (0,)}  # those that it takes for contiguous
+
+
+def misread(operation: Operation, args: tuple[Any, ...]) -> str:
+    """A tensor in memory that gloo would take for another without saying so, and write beside it; "" where there is none."""
+    flat, contiguous = _FLAT.get(operation.name, ()), _CONTIGUOUS.get(operation.name, ())
+    for at in (*flat, *contiguous):
+        for tensor in tensors_in(args[at]):
+            if tensor.is_contiguous() or tensor.layout is not torch.strided or not tensor.is_cpu:
+                continue
+            if at in contiguous or not _is_dense(tensor):
+                return f"{_shape(tensor.dtype, tensor.shape)} with strides {list(tensor.stride())}"
+    return ""
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements fill one piece of storage, in whatever order, each once."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def _dtypes(value: Any) -> str:
     return " ".join(sorted({_DTYPE_NAMES[t.dtype] for t in tensors_in(value)}))
 
@@ -160,7 +198,7 @@ def _reduce_op() -> str:
 
 
 def _all_reduce(args: tuple[Any, ...]) -> str:
-    return f"all_reduce({_shapes(args[0])}, op={_reduce_op()})"
+    return f"all_reduce({_laid_out(args[0])}, op={_reduce_op()})"
 
 
 def _of_inputs(name: str) -> Callable[[tuple[Any, ...]], str]:
@@ -173,9 +211,11 @@ def _rooted_inputs(name: str, at: int) -> Callable[[tuple[Any, ...]], str]:
 
 OPERATIONS: dict[str, Operation] = {
     "allreduce_": Operation("all_reduce", 1, 4, _all_reduce),
-    "allreduce_coalesced_": Operation("all_reduce_coalesced", 1, 3, lambda a: f"all_reduce_coalesced({_shapes(a[0])}, op={_reduce_op()})"),
-    "broadcast_": Operation("broadcast", 1, 4, lambda a: f"broadcast({_shapes(a[0])}, root={a[2]})"),
-    "reduce_": Operation("reduce", 1, 5, lambda a: f"reduce({_shapes(a[0])}, op={_reduce_op()}, root={a[3]})"),
+    "allreduce_coalesced_": Operation(
+        "all_reduce_coalesced", 1, 3, lambda a: f"all_reduce_coalesced({_laid_out(a[0])}, op={_reduce_op()})"
+    ),
+    "broadcast_": Operation("broadcast", 1, 4, lambda a: f"broadcast({_laid_out(a[0])}, root={a[2]})"),
+    "reduce_": Operation("reduce", 1, 5, lambda a: f"reduce({_laid_out(a[0])}, op={_reduce_op()}, root={a[3]})"),
     "allgather_": Operation("all_gather", 2, 3, _of_inputs("all_gather")),
     "_allgather_base_": Operation("all_gather_into_tensor", 2, 3, _of_inputs("all_gather_into_tensor")),
     "allgather_coalesced_": Operation("all_gather_coalesced", 2, 3, _of_inputs("all_gather_coalesced")),

@@ -141,7 +141,7 @@ class Shortcut:
         return wrapped
 
     def _of_one(self, onward: Callable[..., Any]) -> Callable[..., Any]:
-        """A function whose first argument is a tensor; one that gradients, devices or a lazy minus sign concern is torch's to handle."""
+        """A function whose first argument is a tensor; what gradients, devices, strides or a lazy minus sign concern goes on."""
         find, look_further, must_go_on, get_frame = self._ways.get, self._look_further, self._must_go_on(), sys._getframe
         tensor_type, follow = torch.Tensor, self._follow
 
@@ -157,7 +157,7 @@ class Shortcut:
                 found, known, user = look_further(known, frame, [tensor])
                 if found is None:
                     return follow(known, frame, user, onward, args, kwargs, [tensor])
-            if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg():
+            if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg() or not tensor.is_contiguous():
                 return onward(*args, **kwargs)
             way, described, post = found
             return way(described, post, [tensor])
@@ -194,7 +194,7 @@ class Shortcut:
             if must_go_on():
                 return onward(*args, **kwargs)
             for one in tensors:
-                if one.requires_grad or not one.is_cpu or one.is_neg():
+                if one.requires_grad or not one.is_cpu or one.is_neg() or not one.is_contiguous():
                     return onward(*args, **kwargs)
             way, described, post = found
             return way(described, post, tensors)
@@ -230,7 +230,7 @@ class Shortcut:
             known = (*known, id(user.f_code), user.f_lasti)
         found = self._ways.get(known)
         kind = self._kinds.get(_kind_of(known)) if found is None else None
-        if kind is not None:
+        if kind is not None and all([one.is_contiguous() for one in tensors]):  # else its strides are told too
             if len(self._ways) >= _MOST:
                 self._ways.clear()
             text, size = kind.describe(tensors)
