@@ -82,16 +82,19 @@ def test_whoever_has_arrived_is_not_stopped_any_more(board):
 def test_texts_are_compared_and_shown(board):
     arrive(board, 0, "all_reduce(float32[3])")
     arrive(board, 1, "all_reduce(float32[4])")
-    assert not board.is_same(KEY, 1, "all_reduce(float32[3])", (1,)) and board.is_same(KEY, 1, "all_reduce(float32[4])", (1,))
-    assert board.is_same(KEY, 1, "anything", (2,))  # has posted nothing
+    assert board.odd_one(KEY, 1, "all_reduce(float32[3])", (0, 1)) == 1 and board.odd_one(KEY, 1, "all_reduce(float32[4])", (1,)) is None
+    assert board.odd_one(KEY, 1, "anything", (2,)) is None  # has posted nothing
     assert board.texts(KEY, 1, (0, 1, 2)) == {0: "all_reduce(float32[3])", 1: "all_reduce(float32[4])"}
     board.take_back(1, KEY)
-    assert board.is_same(KEY, 1, "all_reduce(float32[3])", (1,)) and board.texts(KEY, 1, (1,)) == {}
+    assert board.odd_one(KEY, 1, "all_reduce(float32[3])", (1,)) is None and board.texts(KEY, 1, (1,)) == {}
+    assert board.texts(KEY, 1, (0, 1), taken_back=True) == {0: "all_reduce(float32[3])", 1: "all_reduce(float32[4])"}
+    arrive(board, 1, "barrier()")
+    assert board.texts(KEY, 1, (1,), taken_back=True) == {1: "barrier()"}
 
 
 def test_long_texts_are_compared_as_far_as_they_are_kept(board):
     arrive(board, 0, "x" * 500)
-    assert board.is_same(KEY, 1, "x" * 500, (0,)) and not board.is_same(KEY, 1, "x" * 100, (0,))
+    assert board.odd_one(KEY, 1, "x" * 500, (0,)) is None and board.odd_one(KEY, 1, "x" * 100, (0,)) == 0
     assert board.texts(KEY, 1, (0,)) == {0: "x" * 159}
 
 
@@ -145,7 +148,7 @@ def test_what_is_prepared_leaves_the_same_as_what_is_not(board, state):
         assert row[6] > row[5] >= row[4] and board.read(rank).state is AreaState.NOWHERE
         what = (posted.state, posted.cell, posted.key, posted.sequence, posted.place)
         found.append((what, rung, board.texts(KEY, 5, (rank,))[rank], row[:6], row[7], board.count(rank, KEY)))
-    assert found[0] == found[1] and board.is_same(KEY, 5, "reduce(é)", (0, 1))
+    assert found[0] == found[1] and board.odd_one(KEY, 5, "reduce(é)", (0, 1)) is None
     end(6, 100, None, 40, 12)
     assert board.ledger_rows(0)[-1][5] == board.ledger_rows(0)[-1][6]  # not told apart
 
@@ -198,7 +201,7 @@ def test_data_stand_beside_a_text_until_the_announcement_after_the_next(board):
 def test_what_is_compared_may_differ_from_what_is_shown(board):
     board.begin(0, KEY, Post.of("Group.all_reduce(float32 [3])", b"it", 1, compared="announcement"), AreaState.ON_BOARD)
     board.begin(1, KEY, Post.of("Group.barrier()", b"it", 1, compared="announcement"), AreaState.ON_BOARD)
-    assert board.is_same(KEY, 1, "announcement", (0, 1)) and not board.is_same(KEY, 1, "barrier()", (0,))
+    assert board.odd_one(KEY, 1, "announcement", (0, 1)) is None and board.odd_one(KEY, 1, "barrier()", (0,)) == 0
     assert board.texts(KEY, 1, (0, 1)) == {0: "Group.all_reduce(float32 [3])", 1: "Group.barrier()"}
 
 

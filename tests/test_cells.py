@@ -151,6 +151,30 @@ def test_what_the_workbench_refuses_on_a_rank_ends_with_the_users_own_line(clust
     assert "rank.py" not in str(caught.value)
 
 
+LATE = """
+import time
+from workbench.ranks.board import Board
+def odd_one(*asked):
+    time.sleep(0.3 if rank else 0)
+    odd = look(*asked)
+    time.sleep(0 if rank else 0.6)
+    return odd
+def take_back(*asked):
+    go_back(*asked)
+    time.sleep(1 if rank else 0)
+look, go_back, Board.odd_one, Board.take_back = Board.odd_one, Board.take_back, odd_one, take_back
+"""
+
+
+def test_a_mismatch_shows_ranks_that_took_their_calls_back_while_one_looked():
+    with wb.launch(3) as cluster:
+        cluster.execute(LATE)
+        with pytest.raises(wb.CollectiveMismatch) as caught:
+            cluster.execute("dist.all_reduce(torch.ones(1 + rank // 2))")
+    assert "rank 2 called all_reduce(float32[2], op=sum), ranks 0, 1 called all_reduce(float32[1], op=sum)" in str(caught.value)
+    assert caught.value.rank == 0
+
+
 def test_what_torch_says_of_a_pasted_script_gets_a_hint():
     with wb.launch(2) as cluster:
         with pytest.raises(wb.RankFailed, match="process group already: leave init_process_group out"):

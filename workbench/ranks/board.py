@@ -273,7 +273,7 @@ class Board:
         slot = self._claim(rank, key)
         ring = self._words[slot + 1] % _RING
         self._words[slot + 1] -= 1
-        self._words[slot + 2 + 2 * ring] = 0  # else a peer that comes later would compare itself with what never happened
+        self._words[slot + 2 + 2 * ring] *= -1  # a peer that comes later does not compare itself with what never happened, but can show it
         for place in range(2):
             if self._words[slot + _SLOT_WORDS - 2 + place] > self._words[slot + 1]:
                 self._words[slot + _SLOT_WORDS - 2 + place] = 0
@@ -311,13 +311,17 @@ class Board:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.02)
 
-    def texts(self, key: int, sequence: int, members: Sequence[int]) -> dict[int, str]:
-        """What each member posted for a collective; members whose text was overwritten are left out."""
+    def texts(self, key: int, sequence: int, members: Sequence[int], *, taken_back: bool = False) -> dict[int, str]:
+        """What each member posted for a collective; members whose text was overwritten are left out.
+
+        Args:
+            taken_back: also what a member has taken back since. Ask for it only where all have met: else it may be from an earlier cell.
+        """
         found = {}
         for member in members:
             slot = self._find(member, key)
             ring = sequence % _RING
-            if slot is not None and self._words[slot + 2 + 2 * ring] == sequence:
+            if slot is not None and self._words[slot + 2 + 2 * ring] in ((sequence, -sequence) if taken_back else (sequence,)):
                 start = (slot + 2 + _RING * 2) * _WORD + ring * _TEXT
                 size = self._bytes[start]
                 found[member] = bytes(self._bytes[start + 1 : start + 1 + size]).decode(errors="replace")
@@ -340,8 +344,8 @@ class Board:
         """Whether every peer has begun this collective, and none has taken that back."""
         return all(self.count(peer, key) >= sequence for peer in peers)
 
-    def is_same(self, key: int, sequence: int, text: str, peers: Sequence[int]) -> bool:
-        """Whether every peer posted the same text for a collective (as far as it is still on the board)."""
+    def odd_one(self, key: int, sequence: int, text: str, peers: Sequence[int]) -> int | None:
+        """The first peer that posted another text for a collective (as far as it is still on the board)."""
         ring = sequence % _RING
         checksum = _checksum(text)
         for peer in peers:
@@ -350,8 +354,8 @@ class Board:
                 continue
             is_other = self._words[slot + 3 + 2 * ring] != checksum
             if is_other and self._words[slot + 2 + 2 * ring] == sequence:  # else it was written over while we read
-                return False
-        return True
+                return peer
+        return None
 
     def waits_in(self, rank: int, *, longer_than_s: float) -> tuple[int, int] | None:
         """The (key, sequence) in which a rank has waited so long; None where it has not. Two words are read, not the whole area."""

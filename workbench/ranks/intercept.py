@@ -530,7 +530,7 @@ class Interceptor:
             while True:
                 if waits:
                     self._wait_on_board(call)
-                self._compare(call)
+                self._compare(call, has_met=waits)
                 if not waits or self.board.has_arrived(call.key, call.sequence, call.peers):
                     return  # else a peer met a mismatch and went back between our wait and our look
         except Stopped:
@@ -545,11 +545,13 @@ class Interceptor:
             self.board.wait_any(self.rank, call.sources, lambda: self.is_stopped)
         self.board.wait(self.rank, call.key, call.sequence, call.peers, lambda: self.is_stopped)
 
-    def _compare(self, call: Call) -> None:
-        if call.operation.is_point_to_point or self.board.is_same(call.key, call.sequence, call.text, call.peers):
+    def _compare(self, call: Call, *, has_met: bool) -> None:
+        odd = None if call.operation.is_point_to_point else self.board.odd_one(call.key, call.sequence, call.text, call.peers)
+        if odd is None:
             return
-        texts = self.board.texts(call.key, call.sequence, call.group.ranks)
-        raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
+        texts = self.board.texts(call.key, call.sequence, call.group.ranks, taken_back=has_met)
+        if odd in texts:  # else it has told the mismatch itself, and taken its call back, while we looked
+            raise CollectiveMismatch(mismatch_text(texts, call.sequence, call.group), rank=self.rank)
 
     def _refuse_misread(self, operation: Operation, args: tuple[Any, ...]) -> None:
         what = misread(operation, args)
@@ -698,7 +700,7 @@ class Interceptor:
             if is_on_board:
                 self._wait_on_board(call)
                 arrived = time.monotonic_ns()
-                self._compare(call)
+                self._compare(call, has_met=True)
                 self.board.move(self.rank, AreaState.IN_GLOO)
             result = self._wait_in_gloo(call, wait, has_limit=has_limit)
             ended = time.monotonic_ns()
