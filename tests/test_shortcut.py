@@ -183,6 +183,14 @@ def test_calls_of_other_shapes_are_described_anew(own, request, op, call):
             own.execute("step(50 + rank, 2)", timeout_s=15)
 
 
+def test_a_line_whose_first_tensor_was_strided_tells_of_others_their_shape_alone():
+    with wb.launch(2) as cluster:
+        cluster.execute("def step(x): dist.all_reduce(x)\nstep(torch.ones(2, 3).t())\nstep(torch.ones(4))")
+        with pytest.raises(wb.CollectiveMismatch) as caught:
+            cluster.execute("step(torch.ones(5 + rank))")
+    assert "called all_reduce(float32[5], op=sum), rank" in str(caught.value)
+
+
 def test_calls_of_a_library_are_known_by_the_line_that_they_come_from(cluster):
     cluster.execute(
         "from accelerate import Accelerator\nfrom accelerate.utils import broadcast, reduce\naccelerator = Accelerator(cpu=True)\n"

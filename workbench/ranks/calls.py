@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any
 
@@ -104,7 +104,9 @@ class Call:
         """A call with another text by the same line, which has not begun yet."""
         _, separator, source = self.place.partition(b"\0")
         place = text.encode() + separator + source
-        return replace(self, text=text, place=place, num_bytes=num_bytes, sequence=0, work=None, row=-1, tensors=None)
+        made = self.again(0, None, -1)  # `replace` of dataclasses takes ten times as long
+        made.text, made.place, made.num_bytes = text, place, num_bytes
+        return made
 
     @property
     def is_announcement(self) -> bool:

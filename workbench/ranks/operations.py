@@ -92,7 +92,7 @@ def inputs_of(operation: Operation, args: tuple[Any, ...]) -> list[torch.Tensor]
 
 
 def _shapes(value: Any) -> str:
-    if type(value) is list and len(value) == 1 and type(value[0]) is torch.Tensor:  # as in most calls, of which each microsecond counts
+    if type(value) is list and len(value) == 1 and type(value[0]) is torch.Tensor:
         return _shape(value[0].dtype, value[0].shape)
     return " ".join([_shape(t.dtype, t.shape) for t in tensors_in(value)])
 
@@ -104,6 +104,8 @@ def _shape(dtype: torch.dtype, shape: torch.Size) -> str:
 
 def _laid_out(value: Any) -> str:
     """Shapes, and strides where they are not the usual ones: gloo goes through storage in its order, so they must be equal too."""
+    if type(value) is list and len(value) == 1 and type(value[0]) is torch.Tensor and value[0].is_contiguous():
+        return _shapes(value)  # as in most calls, of which each microsecond counts
     strides = [list(t.stride()) for t in tensors_in(value) if not t.is_contiguous() and t.layout is torch.strided]
     return f"{_shapes(value)} strides {' '.join(map(str, strides))}" if strides else _shapes(value)
 

@@ -285,8 +285,9 @@ class Shortcut:
             args = described(tensors)
             return describe(args), num_bytes(args)
 
+        describes = _around_shape(call, tensors) or describe_and_count
         way = self._way(getattr(backends.pop(), method), arguments, options, call)
-        return _Kind(call=call.as_of(call.text, call.num_bytes), way=way, describe=describe_and_count)  # without what it holds
+        return _Kind(call=call.as_of(call.text, call.num_bytes), way=way, describe=describes)  # without what it holds
 
     def _stays(self, value: Any) -> bool:
         """Whether an argument's identity is its own for good, or until `forget`."""
@@ -348,6 +349,14 @@ def _each(*values: Any) -> Iterator[Any]:
 def _kind_of(known: _Known) -> _Known:
     """The same of all shapes."""
     return tuple([one for one in known if type(one) is not torch.Size])
+
+
+def _around_shape(call: Call, tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[str, int]] | None:
+    """What describes calls like this one of one tensor, whose shape alone differs; None for others."""
+    if call.operation.name not in _OF_ONE or not tensors[0].is_contiguous():  # else its text tells its strides too
+        return None
+    before, _, after = call.text.partition(str(list(tensors[0].shape)))
+    return lambda tensors: (f"{before}{list(tensors[0].shape)}{after}", tensors[0].nbytes)
 
 
 def _placing(given: Sequence[Any], tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[Any, ...]] | None:
