@@ -3,7 +3,8 @@
 Seconds of a call, and processor time of the thread that makes it, beside plain torch in processes of its own. Where every rank has a core
 it waits awake, which costs processor time and saves more, so seconds count. With more ranks than cores a call takes as long as all ranks of
 a core together, and 50 us are less than one run differs from the next; a call made again is held to the limits there too, and of the other
-ways a rank's processor time is.
+ways a rank's processor time is. What C++ calls is met in torch's dispatcher, where an empty Python function takes about as long as the
+limit already: there the ledger's row is held to it, timed by leaving it out, and all that watches the call is told beside it.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Timing:
     Attributes:
         with_check_s: of calls that a loop makes again, alone.
         without_check_cpu_s, plain_cpu_s: processor time of the thread that makes it.
+        without_row_cpu_s: the same of calls as from C++ that leave no row in the ledger, by the same ranks.
     """
 
     way: Way
@@ -62,6 +64,7 @@ class Timing:
     plain_s: tuple[float, ...]
     without_check_cpu_s: tuple[float, ...]
     plain_cpu_s: tuple[float, ...]
+    without_row_cpu_s: tuple[float, ...] = ()
 
     def lines(self) -> list[Line]:
         """Medians beside plain torch, and their difference."""
@@ -69,6 +72,7 @@ class Timing:
         is_small = self.num_bytes < LARGE_BYTES
         is_by_seconds = self.way is Way.AGAIN or self.num_ranks <= num_usable_cores()
         added = Reach(limit=_MOST_ADDED_US, is_ours=True)
+        whole = None if self.way is Way.AS_CPP else added
         what = f"{self.way} of {self.num_bytes:,} bytes, {self.num_ranks} ranks"
         lines = []
         if self.with_check_s:
@@ -78,11 +82,14 @@ class Timing:
         reach = Reach(limit=_MOST_SHARE_LARGE) if is_by_seconds and not is_small else None
         lines.append(Line(what=f"{what}, check off: ledger alone", unit="us", ours=off, theirs=plain, peer="plain torch", reach=reach))
         if is_small:
-            reach = added if is_by_seconds else None
+            reach = whole if is_by_seconds else None
             lines.append(Line(what=f"{what}: added by the ledger", unit="us", ours=max(off - plain, 0.0), reach=reach))
-        reach = added if is_small and not is_by_seconds else None
-        of_rank = 1e6 * (median(self.without_check_cpu_s) - median(self.plain_cpu_s))
-        lines.append(Line(what=f"{what}: processor time added to a rank", unit="us", ours=of_rank, reach=reach))
+        reach = whole if is_small and not is_by_seconds else None
+        off_cpu, plain_cpu = (1e6 * median(s) for s in (self.without_check_cpu_s, self.plain_cpu_s))
+        lines.append(Line(what=f"{what}: processor time added to a rank", unit="us", ours=off_cpu - plain_cpu, reach=reach))
+        if self.without_row_cpu_s:
+            row = off_cpu - 1e6 * median(self.without_row_cpu_s)
+            lines.append(Line(what=f"{what}: of that its row in the ledger", unit="us", ours=row, reach=added if is_small else None))
         return lines
 
 
@@ -160,8 +167,9 @@ def measure(
         ]
         for size, way in itertools.product(sizes, Way):
             (on, _), (off, off_cpu), (plain, plain_cpu) = (
-                _all_of([one.get((way, size), ((), ())) for one in r]) for r in zip(*rounds, strict=True)
+                _all_of([one.get((way, size), _NOTHING) for one in r]) for r in zip(*rounds, strict=True)
             )
+            _, no_row_cpu = _all_of([off.get((_NO_ROW, size), _NOTHING) for _, off, _ in rounds] if way is Way.AS_CPP else [])
             timings.append(
                 Timing(
                     way=way,
@@ -172,28 +180,47 @@ def measure(
                     plain_s=plain,
                     without_check_cpu_s=off_cpu,
                     plain_cpu_s=plain_cpu,
+                    without_row_cpu_s=no_row_cpu,
                 )
             )
     return CollectivesResult(timings=tuple(timings))
 
 
 _Timed: TypeAlias = tuple[Sequence[float], Sequence[float]]  # seconds, and those of the processor
+_NOTHING: _Timed = ((), ())
+_NO_ROW = "as from C++, without a row in the ledger"
 
 
 def _all_of(runs: Sequence[_Timed]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(s for seconds, _ in runs for s in seconds), tuple(s for _, processor in runs for s in processor)
 
 
-def _ours(num_ranks: int, sizes: Sequence[int], num_calls: int, *, is_checked: bool) -> dict[tuple[Way, int], _Timed]:
+def _ours(num_ranks: int, sizes: Sequence[int], num_calls: int, *, is_checked: bool) -> dict[tuple[str, int], _Timed]:
     import workbench as wb
 
     timed = functools.partial(seconds_per_call, num_calls=num_calls, num_batches=_NUM_BATCHES)
+    found: dict[tuple[str, int], _Timed] = {}
     with wb.launch(num_ranks, check_collectives=is_checked) as cluster:
-        ways = (Way.AGAIN,) if is_checked else Way
-        return {(way, size): cluster.run(timed, way, size)[0] for size in sizes for way in ways}
+        for size, way in itertools.product(sizes, (Way.AGAIN,) if is_checked else Way):
+            found[way, size] = cluster.run(timed, way, size)[0]
+            if way is Way.AS_CPP:
+                found[_NO_ROW, size] = cluster.run(_without_rows, timed, way, size)[0]
+    return found
 
 
-def _plain(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[tuple[Way, int], _Timed]:
+def _without_rows(timed: Callable[[Way, int], _Timed], way: Way, size: int) -> _Timed:
+    """The same where the long way writes no row; runs in a rank."""
+    from workbench.ranks.called import carrier
+
+    interceptor: Any = carrier()
+    interceptor._note = lambda *_: -1  # no switch of the package's: the ledger is always on
+    try:
+        return timed(way, size)
+    finally:
+        del interceptor._note
+
+
+def _plain(num_ranks: int, sizes: Sequence[int], num_calls: int) -> dict[tuple[str, int], _Timed]:
     numbers = [str(n) for n in (num_calls, _NUM_BATCHES, *sizes)]
     seconds = run_peer(torchrun(num_ranks, "benchmarks.peers.torchrun_ranks", *numbers)).values["seconds"]
     return {(way, size): seconds[str(size)][way] for size in sizes for way in Way}

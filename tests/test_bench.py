@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+import workbench as wb
 from benchmarks import cells, collectives, groups, launch, peers, run, scatter, sleep, tokens
 from benchmarks.line import Line, Reach, Verdict
 
@@ -73,12 +76,25 @@ def test_collectives():
     assert made == [(way, 2, size) for size in (64, 4096) for way in collectives.Way]
     assert [len(t.with_check_s) > 0 for t in result.timings] == [t.way is collectives.Way.AGAIN for t in result.timings]
     for timing in result.timings:
-        both = (timing.without_check_s, timing.plain_s, timing.without_check_cpu_s, timing.plain_cpu_s)
-        assert all(len(one) == 15 and 0 < min(one) <= max(one) < 1 for one in both)
+        timed = [timing.without_check_s, timing.plain_s, timing.without_check_cpu_s, timing.plain_cpu_s]
+        timed += [timing.without_row_cpu_s] if timing.way is collectives.Way.AS_CPP else []
+        assert all(len(one) == 15 and 0 < min(one) <= max(one) < 1 for one in timed)
+
+
+def test_rows_are_left_out_where_it_is_timed_without_them():
+    def made(way, size):
+        for _ in range(size):
+            dist.distributed_c10d._get_default_group().allreduce([torch.ones(1)]).wait()
+        return way
+
+    with wb.launch(2) as cluster:
+        for call, *given, num_rows in ((made, "noted", 3, 6), (collectives._without_rows, made, "not", 4, 6), (made, "again", 1, 8)):
+            cluster.run(call, *given)
+            assert (cluster.ledger().op == "all_reduce").sum() == num_rows, given
 
 
 def test_collectives_have_to_reach_what_was_promised(monkeypatch):
-    def verdicts(way: collectives.Way, num_bytes: int, *us: float) -> list[tuple[float, str]]:
+    def verdicts(way: collectives.Way, num_bytes: int, *us: float, no_row: float | None = None) -> list[tuple[float, str]]:
         on, off, plain = ((1e-6 * one,) for one in us)
         timing = collectives.Timing(
             way=way,
@@ -89,10 +105,11 @@ def test_collectives_have_to_reach_what_was_promised(monkeypatch):
             plain_s=plain,
             without_check_cpu_s=off,
             plain_cpu_s=plain,
+            without_row_cpu_s=() if no_row is None else (1e-6 * no_row,),
         )
         return [(round(line.ours), str(line.verdict)) for line in timing.lines()]
 
-    again, *others = collectives.Way
+    again, *others, from_cpp = collectives.Way
     assert verdicts(again, 4, 159, 149, 100) == [(159, "reached"), (149, ""), (49, "reached"), (49, "")]
     assert verdicts(again, 4, 161, 151, 100) == [(161, "short"), (151, ""), (51, "short"), (51, "")]
     assert verdicts(again, 1_000_000, 2000, 1009, 1000) == [(2000, ""), (1009, "reached"), (9, "")]
@@ -100,6 +117,7 @@ def test_collectives_have_to_reach_what_was_promised(monkeypatch):
         assert verdicts(way, 4, 0, 149, 100) == [(149, ""), (49, "reached"), (49, "")]
         assert verdicts(way, 4, 0, 151, 100) == [(151, ""), (51, "short"), (51, "")]
         assert verdicts(way, 1_000_000, 0, 1011, 1000) == [(1011, "short"), (11, "")]
+    assert verdicts(from_cpp, 1_000_000, 0, 1011, 1000, no_row=1000) == [(1011, "short"), (11, ""), (11, "")]
     monkeypatch.setattr(collectives, "num_usable_cores", lambda: 1)  # ranks share it, and with it what each takes
     assert verdicts(again, 4, 161, 151, 100) == [(161, "short"), (151, ""), (51, "short"), (51, "")]
     assert verdicts(again, 1_000_000, 2000, 1011, 1000) == [(2000, ""), (1011, "short"), (11, "")]
@@ -107,6 +125,9 @@ def test_collectives_have_to_reach_what_was_promised(monkeypatch):
         assert verdicts(way, 4, 0, 149, 100) == [(149, ""), (49, ""), (49, "reached")]
         assert verdicts(way, 4, 0, 151, 100) == [(151, ""), (51, ""), (51, "short")]
         assert verdicts(way, 1_000_000, 0, 1011, 1000) == [(1011, ""), (11, "")]
+    assert verdicts(from_cpp, 4, 0, 300, 100, no_row=251) == [(300, ""), (200, ""), (200, ""), (49, "reached")]
+    assert verdicts(from_cpp, 4, 0, 300, 100, no_row=249) == [(300, ""), (200, ""), (200, ""), (51, "short")]
+    assert verdicts(from_cpp, 1_000_000, 0, 1200, 1000, no_row=1100) == [(1200, ""), (200, ""), (100, "")]
 
 
 def test_groups():
