@@ -83,7 +83,7 @@ class Timing:
         lines.append(Line(what=f"{what}, check off: ledger alone", unit="us", ours=off, theirs=plain, peer="plain torch", reach=reach))
         if is_small:
             reach = whole if is_by_seconds else None
-            lines.append(Line(what=f"{what}: added by the ledger", unit="us", ours=max(off - plain, 0.0), reach=reach))
+            lines.append(Line(what=f"{what}: added to a call", unit="us", ours=max(off - plain, 0.0), reach=reach))
         reach = whole if is_small and not is_by_seconds else None
         off_cpu, plain_cpu = (1e6 * median(s) for s in (self.without_check_cpu_s, self.plain_cpu_s))
         lines.append(Line(what=f"{what}: processor time added to a rank", unit="us", ours=off_cpu - plain_cpu, reach=reach))
