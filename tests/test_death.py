@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -153,6 +154,46 @@ def test_what_a_rank_has_started_goes_with_it(end):
         while [pid for pid in children if psutil.pid_exists(pid)] != stay and time.monotonic() < limit:
             time.sleep(0.01)
         assert [pid for pid in children if psutil.pid_exists(pid)] == stay
+
+
+SHARES = """
+import multiprocessing, os
+from multiprocessing.shared_memory import SharedMemory
+shared = SharedMemory(create=True, size=1 << 20)
+worker = multiprocessing.get_context("fork").Process(target=__import__("time").sleep, args=(60,), daemon=True)
+worker.start()
+"""
+
+
+@pytest.mark.parametrize("end", ["kill", "exit", "restart", "close"])
+def test_shared_memory_that_a_rank_made_goes_with_it_however_it_ends(end):
+    with wb.launch(2) as cluster:
+        cluster.execute(SHARES)
+        files, workers = ([Path("/dev/shm") / name for name in cluster.pull("shared.name")], cluster.pull("worker.pid"))
+        assert all(file.exists() for file in files)
+        if end == "exit":
+            died(cluster, "if rank: os._exit(1)")
+        else:
+            {"kill": lambda: cluster.kill(1), "restart": cluster.restart, "close": cluster.close}[end]()
+        stay = end in ("kill", "exit")
+        limit = time.monotonic() + 3
+        while ([file.exists() for file in files], psutil.pid_exists(workers[1])) != ([stay, False], False) and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert [file.exists() for file in files] == [stay, False] and not psutil.pid_exists(workers[1])
+
+
+def test_shared_memory_of_ranks_goes_when_the_driver_is_killed():
+    told = "print(*cluster.pull('shared.name'), flush=True)\ntime.sleep(60)"
+    script = f"import workbench as wb, time\ncluster = wb.launch(2)\ncluster.execute({SHARES!r})\n{told}"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        files = [Path("/dev/shm") / name for name in driver.stdout.readline().split()]
+        assert len(files) == 2 and all(file.exists() for file in files)
+        driver.kill()
+    limit = time.monotonic() + 3
+    while any(file.exists() for file in files) and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert not any(file.exists() for file in files)
 
 
 def test_a_child_that_a_rank_left_behind_in_a_session_of_its_own_does_not_hold_its_output():

@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PTRACER = 0x59616D61
 _ORPHANED_WITHIN_S = 1.0
+_TRACKER = b"multiprocessing.resource_tracker"
 _libc = ctypes.CDLL(None)
 
 
@@ -232,10 +234,32 @@ class _Server:
             _remove_folders_of(self.driver)
 
 
-def _end_session(pid: int) -> None:
-    """End what a child of ours has started (loader workers, programs), while the child's number is still its own: before it is reaped."""
-    with contextlib.suppress(ProcessLookupError):  # it did not come as far as a session
-        os.killpg(pid, signal.SIGKILL)
+def _end_session(leader: int) -> None:
+    """End what a child of ours has started (loader workers, programs), while the child's number is still its own: before it is reaped.
+
+    Python's trackers are left to end by themselves, once all they track for are gone: they remove the shared memory that those left.
+    """
+    ended: set[int] = set()
+    while others := {pid for pid in _living(leader) if pid not in ended and _TRACKER not in _command(pid)}:
+        for pid in others:  # one may have forked since the look
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        ended |= others
+
+
+def _living(session: int) -> Iterator[int]:
+    """Processes of a session that have not ended."""
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+            state, _, _, of_session = file.read().rpartition(b")")[2].split()[:4]
+            if int(of_session) == session and state not in (b"Z", b"X"):
+                yield int(name)
+
+
+def _command(pid: int) -> bytes:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
+    return b""
 
 
 def _child(server: _Server, request: Spawn, fds: list[int]) -> None:
