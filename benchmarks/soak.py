@@ -35,7 +35,7 @@ from benchmarks.run import RESULTS, heading
 from benchmarks.soaking import faults
 from benchmarks.soaking.driver import kill_driver
 from benchmarks.soaking.faults import Hit
-from benchmarks.soaking.world import ENGINES, Broken, Plan, World, Zero, leftover_files, orphans
+from benchmarks.soaking.world import ENGINES, Broken, Plan, World, Zero, leftover_files, lost_memory, orphans
 
 __all__ = ["Outcome", "Soak", "main", "table"]
 
@@ -149,7 +149,8 @@ class Soak:
         if closing.is_alive():
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
-        left = orphans(set(), since_s=world.opened_s) + [f"file {name}" for name in (leftover_files(self.folder) if self.folder else ())]
+        left = orphans(set(), since_s=world.opened_s) + lost_memory(world.opened_s)
+        left += [f"file {name}" for name in (leftover_files(self.folder) if self.folder else ())]
         if left or closing.is_alive():
             zero = Zero.HANG if closing.is_alive() else Zero.ORPHAN
             what = "the world did not close" if closing.is_alive() else "; ".join(left)

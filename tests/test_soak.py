@@ -8,6 +8,7 @@ import random
 import subprocess
 import tempfile
 import time
+from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
 import psutil
@@ -88,6 +89,16 @@ def test_an_orphan_is_seen(small):
         known = {small.cluster.pid(rank) for rank in range(3)}
         assert any(f"process {orphan.pid}: sleep 60" == line for line in world.orphans(known, limit_s=0.1))
         orphan.kill()
+
+
+def test_shared_memory_that_nobody_maps_any_more_is_seen():
+    began_s = time.time() - 0.1
+    shared = SharedMemory(create=True, size=1000)
+    assert world.lost_memory(began_s) == []
+    shared.close()
+    assert world.lost_memory(began_s, limit_s=0.1) == [f"shared memory {shared.name}"] and world.lost_memory(time.time() + 1) == []
+    shared.unlink()
+    assert world.lost_memory(began_s) == []
 
 
 def test_the_table_counts_kinds_and_zeros_and_a_broken_one_is_the_exit_code(monkeypatch, capsys, tmp_path):

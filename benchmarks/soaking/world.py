@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,7 +24,7 @@ from benchmarks.soaking import ranks
 from benchmarks.soaking.ranks import Names
 from workbench.ranks.handle import CellHandle
 
-__all__ = ["ENGINES", "Broken", "Plan", "World", "Zero", "leftover_files", "orphans"]
+__all__ = ["ENGINES", "Broken", "Plan", "World", "Zero", "leftover_files", "lost_memory", "orphans"]
 
 ENGINES = (*[""] * 7, *["hf"] * 3, "vllm", "vllm tp")  # a start of vLLM in a rank takes as long as many faults
 _ASK_LIMIT_S = 60.0  # a call that takes milliseconds; the machine may be busy
@@ -293,3 +294,27 @@ def _is_first(process: psutil.Process) -> bool:
 def leftover_files(folder: Path) -> list[str]:
     """Names in a temporary folder of ours, but for the one of torch's own cache."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("torchinductor_"))
+
+
+def lost_memory(since_s: float, *, limit_s: float = 3.0) -> list[str]:
+    """Shared memory of Python's made since then (Unix time) that no process maps any more; what runs beside maps its own."""
+    limit = time.monotonic() + limit_s
+    while True:
+        made = {path for path in Path("/dev/shm").glob("psm_*") if _made_s(path) >= since_s}
+        mapped = "".join(map(_maps, Path("/proc").glob("[0-9]*/maps"))) if made else ""
+        lost = sorted(f"shared memory {path.name}" for path in made if str(path) not in mapped)
+        if not lost or time.monotonic() > limit:
+            return lost
+        time.sleep(0.05)
+
+
+def _made_s(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_ctime
+    return 0.0
+
+
+def _maps(path: Path) -> str:
+    with suppress(OSError):
+        return path.read_text(errors="replace")
+    return ""
