@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import workbench as wb
+from workbench.ranks.forkserver import _end_session
 from workbench.ranks.servers import ForkServer, fork_server
 
 
@@ -184,3 +185,21 @@ def test_a_killed_server_takes_its_ranks_along_and_the_next_launch_has_another()
     out, err = process.communicate(timeout=40)
     assert out.splitlines()[0].startswith("rank 0 of 3 is dead: SIGKILL") and out.splitlines()[1] == "[5, 5]", err
     assert wait_for(lambda: not any(map(is_alive, pids)), 3)
+
+
+def test_a_session_is_ended_whatever_its_groups_and_what_is_another_users_is_let_be(monkeypatch):
+    def refuse(process: psutil.Process) -> None:
+        raise psutil.AccessDenied(process.pid)
+
+    code = "import subprocess, time; print(subprocess.Popen(['sleep', '60'], process_group=0).pid, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE, text=True) as leader:
+        assert leader.stdout is not None
+        child = psutil.Process(int(leader.stdout.readline()))
+        with monkeypatch.context() as patched:
+            patched.setattr(psutil.Process, "kill", refuse)
+            _end_session(leader.pid)
+        assert leader.poll() is None and child.status() != psutil.STATUS_ZOMBIE
+        _end_session(leader.pid)
+    assert leader.returncode == -signal.SIGKILL
+    gone, _ = psutil.wait_procs([child], timeout=3)
+    assert gone

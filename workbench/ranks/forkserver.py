@@ -32,6 +32,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 __all__ = ["FOLDER_VARIABLE", "Exited", "Spawn", "Spawned", "import_at_once", "main", "read_frame", "write_frame"]
 
 _SIZE = struct.Struct("<Q")
@@ -41,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PTRACER = 0x59616D61
 _ORPHANED_WITHIN_S = 1.0
-_TRACKER = b"multiprocessing.resource_tracker"
+_TRACKER = "multiprocessing.resource_tracker"
 _libc = ctypes.CDLL(None)
 
 
@@ -240,26 +242,21 @@ def _end_session(leader: int) -> None:
     Python's trackers are left to end by themselves, once all they track for are gone: they remove the shared memory that those left.
     """
     ended: set[int] = set()
-    while others := {pid for pid in _living(leader) if pid not in ended and _TRACKER not in _command(pid)}:
-        for pid in others:  # one may have forked since the look
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        ended |= others
+    while others := [process for process in _living(leader) if process.pid not in ended]:  # one may have forked since the look
+        for process in others:
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile, or is another user's (sudo)
+                process.kill()
+        ended |= {process.pid for process in others}
 
 
-def _living(session: int) -> Iterator[int]:
-    """Processes of a session that have not ended."""
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
-            state, _, _, of_session = file.read().rpartition(b")")[2].split()[:4]
-            if int(of_session) == session and state not in (b"Z", b"X"):
-                yield int(name)
-
-
-def _command(pid: int) -> bytes:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read()
-    return b""
+def _living(session: int) -> Iterator[psutil.Process]:
+    """Processes of a session that have not ended, but for trackers."""
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(pid) == session:
+                process = psutil.Process(pid)
+                if process.status() != psutil.STATUS_ZOMBIE and _TRACKER not in " ".join(process.cmdline()):
+                    yield process
 
 
 def _child(server: _Server, request: Spawn, fds: list[int]) -> None:
