@@ -208,9 +208,19 @@ def test_calls_of_a_library_are_known_by_the_line_that_they_come_from(cluster):
     assert set(rows.line) == {8, 9} and len(rows) % 4 == 0
 
 
-def test_many_places_are_forgotten_and_found_again(cluster):
-    cluster.execute("for n in range(1, 1100):\n    dist.all_reduce(torch.ones(n))\n" + loop("dist.all_reduce(x)"), timeout_s=60)
+def test_many_places_and_shapes_are_forgotten_and_found_again(cluster):
+    cluster.execute("for n in range(1, 1100):\n    exec('dist.all_reduce(torch.ones(2))')\n" + loop("dist.all_reduce(x)"), timeout_s=60)
     assert num_long_ways(cluster) == [1, 1]
+    sizes = [*range(1, 150), *range(100, 0, -1)]  # those of the second half were seen before, some long ago
+    handle = cluster.execute(
+        f"long_way.clear()\nfound = []\nfor n in {sizes}:\n    x = torch.ones(n); dist.all_reduce(x); found.append(x.sum().item())",
+        block=False,
+    )
+    handle.result(timeout_s=60)
+    assert num_long_ways(cluster) == [1, 1] and cluster.pull("found") == [[2.0 * n for n in sizes]] * 2
+    frame = cluster.ledger()
+    for _, rows in frame[frame.cell == handle.number].groupby("rank"):
+        assert list(rows.num_bytes) == [4 * n for n in sizes]
 
 
 def test_those_who_want_to_see_calls_of_torch_see_them(cluster):

@@ -119,11 +119,17 @@ class Post(NamedTuple):
     line: int
 
     @classmethod
-    @functools.lru_cache(maxsize=1024)  # most calls are made again
-    def of(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
+    def made(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
         """`compared` must be equal on all members, where that is not the text itself."""
         data = text.encode()[: _TEXT - 1]
-        return cls(bytes((len(data),)) + data, _checksum(text if compared is None else compared), place[:_PLACE_BYTES], line)
+        checksum = zlib.crc32(data) if compared is None else _checksum(compared)
+        return cls(bytes((len(data),)) + data, checksum, place[:_PLACE_BYTES], line)
+
+    @classmethod
+    @functools.lru_cache(maxsize=1024)  # most calls are made again
+    def of(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
+        """The same, kept for the next time."""
+        return cls.made(text, place, line, compared=compared)
 
 
 def _checksum(text: str) -> int:

@@ -18,9 +18,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.autograd.profiler as profiler
@@ -49,9 +48,12 @@ _METHODS = {  # of a process group, which they call -> of gloo's backend
     "alltoall_base": "alltoall_base", "all_to_all_single": "alltoall_base", "reduce_scatter": "reduce_scatter",
     "_reduce_scatter_base": "_reduce_scatter_base", "reduce_scatter_single": "_reduce_scatter_base",
 }  # fmt: skip
-_Known: TypeAlias = tuple[Any, ...]  # where a call stands, its tensors' dtypes and shapes, its other arguments' identities
-_Way: TypeAlias = Callable[["Call", Post, list[torch.Tensor]], Any]
-_MOST = 1024  # kinds, and ways
+_Known: TypeAlias = tuple[Any, ...]  # where a call stands, its tensors' dtypes, its other arguments' identities
+_Shapes: TypeAlias = torch.Size | tuple[torch.Size, ...]
+_Described: TypeAlias = tuple[Call, Post]
+_Way: TypeAlias = Callable[[Call, Post, list[torch.Tensor]], Any]
+_MOST_KINDS = 1024
+_MOST_SHAPES = 64  # of a kind
 _CPU = torch.device("cpu")
 _num_modes = torch._C._len_torch_dispatch_stack
 _num_function_modes = torch._C._len_torch_function_stack
@@ -71,19 +73,18 @@ class _Given(threading.local):
     made: tuple[Call, tuple[Any, ...], Callable[[tuple[Any, ...]], str]] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
+class _Kind(NamedTuple):
     """Calls that differ in nothing but their tensors' shapes and values.
 
     Attributes:
-        call: the one that went the long way.
         way: makes such a call, described, with its tensors.
-        describe: text and bytes, of such a call's tensors.
+        described: those of shapes that were seen.
+        describe: such a call of other shapes, which is kept.
     """
 
-    call: Call
     way: _Way
-    describe: Callable[[list[torch.Tensor]], tuple[str, int]]
+    described: dict[_Shapes, _Described]
+    describe: Callable[[_Shapes, list[torch.Tensor]], _Described]
 
 
 class Shortcut:
@@ -92,13 +93,11 @@ class Shortcut:
     def __init__(self, interceptor: Interceptor) -> None:
         self._interceptor = interceptor
         self._given = _Given()
-        self._ways: dict[_Known, tuple[_Way, Call, Post]] = {}
         self._kinds: dict[_Known, _Kind] = {}
         self._codes: list[CodeType] = []  # of those kinds; held so that their identities stay theirs
 
     def forget(self) -> None:
         """Groups are no more, or will be soon; gloo's backends are let go of."""
-        self._ways.clear()
         self._kinds.clear()
         self._codes.clear()
 
@@ -142,7 +141,7 @@ class Shortcut:
 
     def _of_one(self, onward: Callable[..., Any]) -> Callable[..., Any]:
         """A function whose first argument is a tensor; what gradients, devices, strides or a lazy minus sign concern goes on."""
-        find, look_further, must_go_on, get_frame = self._ways.get, self._look_further, self._must_go_on(), sys._getframe
+        find, look_further, must_go_on, get_frame = self._kinds.get, self._look_further, self._must_go_on(), sys._getframe
         tensor_type, follow = torch.Tensor, self._follow
 
         @functools.wraps(onward)
@@ -151,29 +150,30 @@ class Shortcut:
                 return onward(*args, **kwargs)
             tensor, *others = args
             frame = get_frame(1)
-            known = (id(frame.f_code), frame.f_lasti, tensor.dtype, tensor.shape, *map(id, others), *kwargs, *map(id, kwargs.values()))
-            found = find(known)
-            if found is None:
-                found, known, user = look_further(known, frame, [tensor])
-                if found is None:
+            known = (id(frame.f_code), frame.f_lasti, tensor.dtype, *map(id, others), *kwargs, *map(id, kwargs.values()))
+            kind = find(known)
+            if kind is None:
+                kind, known, user = look_further(known, frame)
+                if kind is None:
                     return follow(known, frame, user, onward, args, kwargs, [tensor])
             if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg() or not tensor.is_contiguous():
                 return onward(*args, **kwargs)
-            way, described, post = found
-            return way(described, post, [tensor])
+            (way, described, describe), shape = kind, tensor.shape
+            described_call, post = described.get(shape) or describe(shape, [tensor])
+            return way(described_call, post, [tensor])
 
         return call
 
     def _of_more(self, onward: Callable[..., Any]) -> Callable[..., Any]:
         """A function of any number of tensors, which may come by name or in lists."""
-        find, look_further, must_go_on, get_frame = self._ways.get, self._look_further, self._must_go_on(), sys._getframe
+        find, look_further, must_go_on, get_frame = self._kinds.get, self._look_further, self._must_go_on(), sys._getframe
         tensor_type, follow = torch.Tensor, self._follow
 
         @functools.wraps(onward)
         def call(*args: Any, **kwargs: Any) -> Any:
             frame = get_frame(1)
             what: list[Any] = [id(frame.f_code), frame.f_lasti, *kwargs]
-            tensors = []
+            tensors, shapes = [], []
             for value in (*args, *kwargs.values()) if kwargs else args:
                 if type(value) is list:
                     what.append(len(value))
@@ -182,22 +182,24 @@ class Shortcut:
                 for one in value:
                     if type(one) is tensor_type:
                         tensors.append(one)
-                        what += (one.dtype, one.shape)
+                        shapes.append(one.shape)
+                        what.append(one.dtype)
                     else:
                         what.append(id(one))
             known = tuple(what)
-            found = find(known)
-            if found is None:
-                found, known, user = look_further(known, frame, tensors)
-                if found is None:
+            kind = find(known)
+            if kind is None:
+                kind, known, user = look_further(known, frame)
+                if kind is None:
                     return follow(known, frame, user, onward, args, kwargs, tensors)
             if must_go_on():
                 return onward(*args, **kwargs)
             for one in tensors:
                 if one.requires_grad or not one.is_cpu or one.is_neg() or not one.is_contiguous():
                     return onward(*args, **kwargs)
-            way, described, post = found
-            return way(described, post, tensors)
+            (way, described, describe), of_shapes = kind, tuple(shapes)
+            described_call, post = described.get(of_shapes) or describe(of_shapes, tensors)
+            return way(described_call, post, tensors)
 
         return call
 
@@ -210,33 +212,23 @@ class Shortcut:
 
         return must_go_on
 
-    def _look_further(
-        self, known: _Known, frame: FrameType, tensors: list[torch.Tensor]
-    ) -> tuple[tuple[_Way, Call, Post] | None, _Known, FrameType | None]:
+    def _look_further(self, known: _Known, frame: FrameType) -> tuple[_Kind | None, _Known, FrameType | None]:
         """Of a library's call it counts from which line of the user's it comes.
 
         Returns:
-            A way, the call and its post, if one of the kind was made before; what is known of this one; the user's frame, where it may
-            be kept.
+            Its kind, if one was made before; what is known of it; the user's frame, where it may be kept.
         """
+        if is_users(frame.f_code.co_filename):
+            return None, known, frame
+        if called_now() is not None or self._interceptor.engine_connections is not None:
+            return None, known, None  # what such calls leave is kept elsewhere, or not at all
         user: FrameType | None = frame
-        if not is_users(frame.f_code.co_filename):
-            if called_now() is not None or self._interceptor.engine_connections is not None:
-                return None, known, None  # what such calls leave is kept elsewhere, or not at all
-            while user is not None and not is_users(user.f_code.co_filename):
-                user = user.f_back
-            if user is None:
-                return None, known, None
-            known = (*known, id(user.f_code), user.f_lasti)
-        found = self._ways.get(known)
-        kind = self._kinds.get(_kind_of(known)) if found is None else None
-        if kind is not None and all([one.is_contiguous() for one in tensors]):  # else its strides are told too
-            if len(self._ways) >= _MOST:
-                self._ways.clear()
-            text, size = kind.describe(tensors)
-            call = kind.call.as_of(text, size)
-            found = self._ways[known] = kind.way, call, Post.of(text, call.place, call.line)
-        return found, known, user
+        while user is not None and not is_users(user.f_code.co_filename):
+            user = user.f_back
+        if user is None:
+            return None, known, None
+        known = (*known, id(user.f_code), user.f_lasti)
+        return self._kinds.get(known), known, user
 
     def _follow(
         self,
@@ -258,10 +250,10 @@ class Shortcut:
             if given.asked is not None and given.made is not None and given.made[0].line == user.f_lineno:
                 kind = self._kind(tensors, [one for one in _each(*args, *kwargs.values()) if type(one) is not torch.Tensor])
                 if kind is not None:
-                    if len(self._kinds) >= _MOST:
+                    if len(self._kinds) >= _MOST_KINDS:
                         self.forget()
                     self._codes += (frame.f_code, user.f_code)
-                    self._kinds[_kind_of(known)] = kind
+                    self._kinds[known] = kind
         finally:
             given.is_wanted, given.asked, given.made = False, None, None
         return result
@@ -287,7 +279,7 @@ class Shortcut:
 
         describes = _around_shape(call, tensors) or describe_and_count
         way = self._way(getattr(backends.pop(), method), arguments, options, call)
-        return _Kind(call=call.as_of(call.text, call.num_bytes), way=way, describe=describes)  # without what it holds
+        return _Kind(way, *_describing_once(call, describes))
 
     def _stays(self, value: Any) -> bool:
         """Whether an argument's identity is its own for good, or until `forget`."""
@@ -346,9 +338,22 @@ def _each(*values: Any) -> Iterator[Any]:
         yield from value if type(value) is list else (value,)
 
 
-def _kind_of(known: _Known) -> _Known:
-    """The same of all shapes."""
-    return tuple([one for one in known if type(one) is not torch.Size])
+def _describing_once(
+    call: Call, describe: Callable[[list[torch.Tensor]], tuple[str, int]]
+) -> tuple[dict[_Shapes, _Described], Callable[[_Shapes, list[torch.Tensor]], _Described]]:
+    """What describes calls like this one, and where it keeps them by their tensors' shapes."""
+    described: dict[_Shapes, _Described] = {}
+    like = call.as_of(call.text, call.num_bytes)  # without what it holds
+
+    def describe_anew(shapes: _Shapes, tensors: list[torch.Tensor]) -> _Described:
+        if len(described) >= _MOST_SHAPES:
+            described.clear()
+        text, size = describe(tensors)
+        made = like.as_of(text, size)
+        found = described[shapes] = made, Post.made(text, made.place, made.line)
+        return found
+
+    return described, describe_anew
 
 
 def _around_shape(call: Call, tensors: list[torch.Tensor]) -> Callable[[list[torch.Tensor]], tuple[str, int]] | None:
