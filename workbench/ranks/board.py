@@ -118,18 +118,23 @@ class Post(NamedTuple):
     place: bytes
     line: int
 
+    @property
+    def what(self) -> str:
+        """The call, for people."""
+        return self.place.partition(b"\0")[0].decode(errors="ignore")
+
     @classmethod
-    def made(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
+    def made(cls, text: bytes, place: bytes, line: int, *, compared: bytes | None = None) -> Post:
         """`compared` must be equal on all members, where that is not the text itself."""
-        data = text.encode()[: _TEXT - 1]
-        checksum = zlib.crc32(data) if compared is None else _checksum(compared)
-        return cls(bytes((len(data),)) + data, checksum, place[:_PLACE_BYTES], line)
+        text = text[: _TEXT - 1]
+        checksum = zlib.crc32(text if compared is None else compared[: _TEXT - 1])
+        return cls(bytes((len(text),)) + text, checksum, place[:_PLACE_BYTES], line)
 
     @classmethod
     @functools.lru_cache(maxsize=1024)  # most calls are made again
     def of(cls, text: str, place: bytes, line: int, *, compared: str | None = None) -> Post:
         """The same, kept for the next time."""
-        return cls.made(text, place, line, compared=compared)
+        return cls.made(text.encode(), place, line, compared=None if compared is None else compared.encode())
 
 
 def _checksum(text: str) -> int:

@@ -50,8 +50,8 @@ _METHODS = {  # of a process group, which they call -> of gloo's backend
 }  # fmt: skip
 _Known: TypeAlias = tuple[Any, ...]  # where a call stands, its tensors' dtypes, its other arguments' identities
 _Shapes: TypeAlias = torch.Size | tuple[torch.Size, ...]
-_Described: TypeAlias = tuple[Call, Post]
-_Way: TypeAlias = Callable[[Call, Post, list[torch.Tensor]], Any]
+_Described: TypeAlias = tuple[Post, int, Any]  # what is posted, its bytes, and its Call where peers or whoever waits later must see it
+_Way: TypeAlias = Callable[[_Described, list[torch.Tensor]], Any]
 _MOST_KINDS = 1024
 _MOST_SHAPES = 64  # of a kind
 _CPU = torch.device("cpu")
@@ -159,8 +159,7 @@ class Shortcut:
             if must_go_on() or tensor.requires_grad or not tensor.is_cpu or tensor.is_neg() or not tensor.is_contiguous():
                 return onward(*args, **kwargs)
             (way, described, describe), shape = kind, tensor.shape
-            described_call, post = described.get(shape) or describe(shape, [tensor])
-            return way(described_call, post, [tensor])
+            return way(described.get(shape) or describe(shape, [tensor]), [tensor])
 
         return call
 
@@ -198,8 +197,7 @@ class Shortcut:
                 if one.requires_grad or not one.is_cpu or one.is_neg() or not one.is_contiguous():
                     return onward(*args, **kwargs)
             (way, described, describe), of_shapes = kind, tuple(shapes)
-            described_call, post = described.get(of_shapes) or describe(of_shapes, tensors)
-            return way(described_call, post, tensors)
+            return way(described.get(of_shapes) or describe(of_shapes, tensors), tensors)
 
         return call
 
@@ -279,7 +277,8 @@ class Shortcut:
 
         describes = _around_shape(call, tensors) or describe_and_count
         way = self._way(getattr(backends.pop(), method), arguments, options, call)
-        return _Kind(way, *_describing_once(call, describes))
+        is_seen = self._interceptor.is_checked or options.asyncOp
+        return _Kind(way, *_describing_once(call.as_of(call.text, call.num_bytes), describes, is_seen=is_seen))  # without what it holds
 
     def _stays(self, value: Any) -> bool:
         """Whether an argument's identity is its own for good, or until `forget`."""
@@ -292,10 +291,12 @@ class Shortcut:
         begun = AreaState.NOWHERE if is_async else AreaState.ON_BOARD if is_checked else AreaState.IN_GLOO
         met = AreaState.NOWHERE if is_async else AreaState.IN_GLOO
         begin, end = board.prepared(it.rank, like.key, LEDGER_NAMES.index(like.operation.name), begun, is_awaited=is_checked)
+        line = like.line
         get_thread, main_thread, now = threading.get_ident, it.main_thread, time.monotonic_ns
         is_awake, stay_awake, wait, limit = it.awake.is_wanted, it.awake.wait, it.wait_of_torch, leaving.SLICE
 
-        def way(call: Call, post: Post, tensors: list[torch.Tensor]) -> Any:
+        def way(described: _Described, tensors: list[torch.Tensor]) -> Any:
+            post, size, call = described
             is_main, was_busy, arrived = get_thread() == main_thread, it.is_busy, None
             if is_main:
                 it.is_busy = True  # as in `busy`: a signal waits
@@ -311,19 +312,19 @@ class Shortcut:
                     work = make(*arguments(tensors), options)
                     sequence = begin(started, post)
                 if is_async:
-                    it.remember(call.again(sequence, work, end(sequence, started, arrived or started, call.num_bytes, call.line)))
+                    it.remember(call.again(sequence, work, end(sequence, started, arrived or started, size, line)))
                     return work
                 if is_awake:
                     stay_awake(work.is_completed)
                 try:
                     wait(work, limit)
                 except RuntimeError:  # an error, or it takes long
-                    it.outlast(work, call.text)
-                end(sequence, started, arrived, call.num_bytes, call.line)
+                    it.outlast(work, post.what)
+                end(sequence, started, arrived, size, line)
             except BaseException as error:
                 board.move(it.rank, AreaState.NOWHERE)
                 if isinstance(error, RuntimeError) and not (is_checked and arrived is None):
-                    it.tell_freed(call.text, error)
+                    it.tell_freed(post.what, error)
                 raise
             finally:
                 if is_main:
@@ -339,18 +340,24 @@ def _each(*values: Any) -> Iterator[Any]:
 
 
 def _describing_once(
-    call: Call, describe: Callable[[list[torch.Tensor]], tuple[str, int]]
+    like: Call, describe: Callable[[list[torch.Tensor]], tuple[str, int]], *, is_seen: bool
 ) -> tuple[dict[_Shapes, _Described], Callable[[_Shapes, list[torch.Tensor]], _Described]]:
-    """What describes calls like this one, and where it keeps them by their tensors' shapes."""
+    """What describes calls like this one, and where it keeps them by their tensors' shapes.
+
+    Args:
+        is_seen: whether a Call belongs to it, which takes as long to make as all else.
+    """
     described: dict[_Shapes, _Described] = {}
-    like = call.as_of(call.text, call.num_bytes)  # without what it holds
+    _, separator, source = like.place.partition(b"\0")
+    source, line = separator + source, like.line
 
     def describe_anew(shapes: _Shapes, tensors: list[torch.Tensor]) -> _Described:
         if len(described) >= _MOST_SHAPES:
             described.clear()
         text, size = describe(tensors)
-        made = like.as_of(text, size)
-        found = described[shapes] = made, Post.made(text, made.place, made.line)
+        shown = text.encode()
+        post = Post.made(shown, shown + source, line)
+        found = described[shapes] = post, size, like.as_of(text, size) if is_seen else None
         return found
 
     return described, describe_anew
