@@ -190,6 +190,20 @@ def test_a_fork_of_the_driver_takes_nothing_with_it():
     assert done.stdout == "[1, 1]\n2\n", done.stderr
 
 
+def test_files_beside_the_driver_do_not_stand_in_for_modules_of_the_ranks(tmp_path):
+    script, beside = tmp_path / "scripts" / "experiment.py", tmp_path / "beside"
+    script.parent.mkdir()
+    beside.mkdir()
+    (beside / "numpy.py").write_text("raise ImportError('not the real one')")
+    (script.parent / "helper.py").write_text("NUMBER = 7")
+    script.write_text(
+        "import workbench as wb\nwith wb.launch(2) as cluster:\n"
+        "    print(cluster.run(lambda: (float(__import__('numpy').ones(1)[0]), __import__('helper').NUMBER)), flush=True)"
+    )
+    done = subprocess.run([sys.executable, script], cwd=beside, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[(1.0, 7), (1.0, 7)]\n", done.stderr
+
+
 def test_importing_does_not_start_anything():
     code = "import workbench as wb, threading, sys; print(threading.active_count(), 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout == "1 False\n"

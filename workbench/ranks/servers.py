@@ -51,7 +51,7 @@ class ForkServer:
         environment = {**waiting, **os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
         environment["PYTHONPATH"] = os.pathsep.join(p or os.getcwd() for p in sys.path)
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _COMMAND, str(theirs.fileno()), str(os.getpid()), *preload],
+            [sys.executable, "-P", "-c", _COMMAND, str(theirs.fileno()), str(os.getpid()), *preload],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
