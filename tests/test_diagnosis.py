@@ -354,6 +354,25 @@ def test_a_rank_that_lets_no_other_thread_run_is_seen_all_the_same(cluster):
     assert "rank 1 was in, innermost first:\n  " in str(caught.value) and "(<cell 2>:2)" in str(caught.value)
 
 
+def test_a_rank_is_looked_at_once_and_goes_on_where_the_look_has_left_it_stopped(cluster, monkeypatch, tmp_path):
+    """A signal that comes while py-spy holds a process can leave it, or threads of it, stopped; this one does so always."""
+    spy, looks = tmp_path / "py-spy", tmp_path / "looks"
+    spy.write_text(f'#!/bin/sh\nsleep 0.8\nkill -STOP "$5"\necho "$5" >> {looks}\n')
+    spy.chmod(0o755)
+    monkeypatch.setattr("workbench.ranks.outside.find_py_spy", lambda: str(spy))
+    handle = cluster.execute("kept = rank\nif rank == 1:\n    import ctypes; ctypes.PyDLL(None).sleep(60)\ndist.barrier()", block=False)
+    time.sleep(0.3)
+    cluster.interrupt()
+    with pytest.raises(wb.RankInterrupted):
+        handle.result(timeout_s=5)
+    limit = time.monotonic() + 10
+    while not looks.exists() and time.monotonic() < limit:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    assert len(looks.read_text().split()) == 1
+    assert cluster.execute("kept", timeout_s=2)[1].result_text == "1"
+
+
 # -- from wherever one asks -------------------------------------------------------------------------------------------------------------
 
 

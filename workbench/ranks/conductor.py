@@ -278,13 +278,21 @@ class Conductor:
         self._lingering, self._ended, self._forming_since_s = set(self._rebuilding), set(), time.monotonic()
         for rank in self._rebuilding:
             self._send(self.links[rank], Rebuild(generation=generation, layout=self.layout))
-            self.links[rank].signal(signal.SIGCONT)
+            self._let_go_on(rank)
         for link in self.links:
             if link.is_dead and link.rank not in fresh:
                 self._abandon_generation(link)
 
+    def _let_go_on(self, rank: int) -> None:
+        """Wake a rank that is paused."""
+        if (look := self._natives.get(self.links[rank].pid)) is not None:
+            look.is_to_go_on = True
+        self.links[rank].signal(signal.SIGCONT)
+
     def _hasten(self) -> None:
-        """End ranks that do not come out of their old groups: all others would wait for them."""
+        """Wake ranks that were paused meanwhile, and end those that do not come out of their old groups: all others would wait for them."""
+        for rank in self._lingering:
+            self._let_go_on(rank)
         is_hurried = self.active is not None and "hurry" in self._stop_stage
         if time.monotonic() - self._forming_since_s < (_PART_HURRIED_S if is_hurried else _PART_LIMIT_S):
             return
@@ -467,7 +475,8 @@ class Conductor:
         """Begin to read the stacks of ranks that do not answer."""
         for rank in cell.pending - set(self._seen):
             pid = self.links[rank].pid
-            self._natives.setdefault(pid, NativeLook(pid))
+            if pid not in self._natives:
+                self._natives[pid] = NativeLook(pid)
 
     def _diagnosis(self, cell: ActiveCell, *, is_told: bool = False) -> Diagnosis:
         """Who waits for whom; with `is_told` also how the system sees the ranks' processes."""
@@ -549,7 +558,7 @@ class Conductor:
             self._num_signals += 1
             for rank in cell.pending:
                 self.links[rank].signal(signal.SIGINT)
-                self.links[rank].signal(signal.SIGCONT)  # a paused rank hears no signal but this
+                self._let_go_on(rank)  # a paused one hears nothing else
         if "shut" not in stages and (after_grace_s >= _SHUT_AFTER_S or (since_s >= _SHUT_AFTER_S and self._is_any_in_gloo(cell))):
             stages.add("shut")
             for rank in cell.pending:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,15 @@ def _is_child(pid: int) -> bool:
         return False
 
 
+def _is_half_stopped(pid: int) -> bool:
+    """Whether some of its threads stand still, which nobody asks for: a pause stops all."""
+    states = set()
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError, IndexError):
+            states.add(task.read_text().rpartition(")")[2].split()[0])
+    return "T" in states and len(states) > 1
+
+
 def find_py_spy() -> str | None:
     """The py-spy of this environment, or the one on the PATH."""
     beside = Path(sys.executable).with_name("py-spy")
@@ -92,13 +103,18 @@ def find_py_spy() -> str | None:
 class NativeLook:
     """Reads the innermost frames of a process's main thread, C ones too, in a thread of its own: it may take seconds.
 
+    py-spy holds a process while it reads. A signal that comes meanwhile can leave it, or threads of it, stopped: SIGCONT then has to come
+    once more.
+
     Attributes:
         text: a line a frame; "" until it is read, with no py-spy, or where that may not look.
         before: the process before py-spy held it.
+        is_to_go_on: the process was sent SIGCONT meanwhile.
     """
 
     def __init__(self, pid: int) -> None:
         self.text = ""
+        self.is_to_go_on = False
         self.before = look_at(pid)
         self._pid = pid
         self._thread = threading.Thread(target=self._read, name="workbench-py-spy", daemon=True)
@@ -113,14 +129,18 @@ class NativeLook:
 
     def _read(self) -> None:
         program = find_py_spy()
-        if program is None:
-            return
+        if program is None or (self.before is not None and self.before.is_paused):
+            return  # py-spy gives up on a process that stands still, and may leave threads of it so
         command = [program, "dump", "--native", "--json", "--pid", str(self._pid)]
         try:
             done = subprocess.run(command, capture_output=True, timeout=_PY_SPY_LIMIT_S, stdin=subprocess.DEVNULL)
             threads: list[dict[str, Any]] = json.loads(done.stdout) if done.returncode == 0 else []
         except (OSError, subprocess.TimeoutExpired, ValueError):
             return
+        finally:
+            if self.is_to_go_on or _is_half_stopped(self._pid):
+                with suppress(OSError):
+                    os.kill(self._pid, signal.SIGCONT)
         frames: list[dict[str, Any]] = next((thread["frames"] for thread in threads if thread.get("thread_name") == "MainThread"), [])
         ours = next((place for place, frame in enumerate(frames) if frame["filename"].startswith(_HERE)), 0)
         frames = frames[: ours or len(frames)]  # what called the cell is of no interest
