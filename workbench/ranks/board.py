@@ -127,7 +127,7 @@ class Post(NamedTuple):
     def made(cls, text: bytes, place: bytes, line: int, *, compared: bytes | None = None) -> Post:
         """`compared` must be equal on all members, where that is not the text itself."""
         text = text[: _TEXT - 1]
-        checksum = zlib.crc32(text if compared is None else compared[: _TEXT - 1])
+        checksum = _checksum(text if compared is None else compared)
         return cls(bytes((len(text),)) + text, checksum, place[:_PLACE_BYTES], line)
 
     @classmethod
@@ -137,8 +137,8 @@ class Post(NamedTuple):
         return cls.made(text.encode(), place, line, compared=None if compared is None else compared.encode())
 
 
-def _checksum(text: str) -> int:
-    return zlib.crc32(text.encode()[: _TEXT - 1])
+def _checksum(text: bytes) -> int:
+    return zlib.crc32(text[: _TEXT - 1])
 
 
 class Board:
@@ -358,7 +358,7 @@ class Board:
     def odd_one(self, key: int, sequence: int, text: str, peers: Sequence[int]) -> int | None:
         """The first peer that posted another text for a collective (as far as it is still on the board)."""
         ring = sequence % _RING
-        checksum = _checksum(text)
+        checksum = _checksum(text.encode())
         for peer in peers:
             slot = self._find(peer, key)
             if slot is None or self._words[slot + 2 + 2 * ring] != sequence:
