@@ -115,3 +115,9 @@ def test_single_numbers_and_texts():
     assert [note for _, note in values(*ranks)] == ["", "", ""]  # a rank's number
     assert values(Shown(text="(3, 'a')"), Shown(text="(3, 'a')"), Shown(text="(5, 'a')"))[1] == ((2,), "+2 against ranks 0-1")
     assert values(Shown(text="x"), Shown(text="x")) == [((0, 1), "")]
+
+
+@pytest.mark.parametrize("others", [(True,), (True, True, True)])
+def test_between_true_and_false_there_is_no_difference_to_tell(others):
+    yes, no = array(True, "bool", "True"), array(False, "bool", "False")
+    assert values(*[yes for _ in others], no) == [(tuple(range(len(others))), ""), ((len(others),), "")]

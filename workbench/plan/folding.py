@@ -191,7 +191,8 @@ def _compare_values(shown: Shown, usual: Shown, is_majority: bool) -> str:
     if shown.shape != usual.shape:
         return f"shape {list(shown.shape)} for {list(usual.shape)}"
     if not shown.shape:
-        is_label = not is_majority and shown.numbers.dtype.kind in "iub"
+        kind = shown.numbers.dtype.kind
+        is_label = kind == "b" or (not is_majority and kind in "iu")
         return "" if is_label else _difference(_exact(shown.numbers[0]), _exact(usual.numbers[0]))
     return _compare_arrays(shown, usual)
 
